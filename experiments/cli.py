@@ -1,0 +1,80 @@
+"""What all scripts share: flags with configuration overrides, and bad input told in one line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from jaxlong.config import Experiment, load, override
+from jaxlong.core.types import BadInput
+
+
+def experiment_flags(values: flags.FlagValues, config: str | None = None) -> None:
+    """Define --config and --mesh, as `pretrain` and its kin take them."""
+    flags.DEFINE_string("config", config, "Python file of an experiment; --config.path.to.field=value", flag_values=values)
+    flags.DEFINE_string("mesh", None, "shorthand of --config.mesh: data=2,fsdp=2,seq=2", flag_values=values)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Flags without the `--config.path=value` among them, and those as pairs."""
+    plain, overrides, rest = [], [], list(argv)
+    while rest:
+        flag = rest.pop(0)
+        name, given, value = flag.lstrip("-").partition("=")
+        if not flag.startswith("-") or not name.startswith("config."):
+            plain.append(flag)
+            continue
+        if not given:
+            if not rest:
+                raise BadInput(name, "", "has no value", f"--{name}=value")
+            value = rest.pop(0)
+        overrides.append((name.removeprefix("config."), value))
+    return plain, overrides
+
+
+def build(values: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> Experiment:
+    """The experiment of --config with its overrides and --mesh applied."""
+    if values.config is None:
+        raise BadInput("config", "unset", "which experiment?", "--config=configs/tiny.py")
+    return apply_overrides(load(values.config), values, overrides)
+
+
+def apply_overrides(
+    experiment: Experiment, values: flags.FlagValues, overrides: Sequence[tuple[str, str]]
+) -> Experiment:
+    for path, text in overrides:
+        experiment = override(experiment, path, text)
+    return override(experiment, "mesh", values.mesh) if values.mesh is not None else experiment
+
+
+def run(
+    main: Callable[[Sequence[tuple[str, str]]], None], values: flags.FlagValues, argv: Sequence[str] | None = None
+) -> int:
+    """Parse flags and call `main(overrides)`. Exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("absl", "jax", "orbax", "etils"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    argv = sys.argv if argv is None else argv
+    try:
+        plain, overrides = split_overrides(argv)
+        left = values(plain)[1:]
+        if left:
+            raise BadInput("argument", " ".join(left), "is no flag", "--name=value; see --help")
+        main(overrides)
+    except BadInput as error:
+        return _say(str(error))
+    except flags.Error as error:
+        return _say(f"flag: {' '.join(argv[1:])}: {' '.join(str(error).split())}; see --help")
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _say(line: str) -> int:
+    sys.stderr.write(line + "\n")
+    return 2

@@ -1,0 +1,42 @@
+"""jaxlong: long-context language models in JAX.
+
+    from jaxlong import LM, GQA, SwiGLU, Rope, Yarn, attend, causal, extend
+
+Every name below is imported when it is first used, so `import jaxlong` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOME = {
+    "jaxlong.core.mask": "Mask causal sliding sinks dilated strided fixed prefix longformer bigbird",
+    "jaxlong.core.position": "Rope NoPE Alibi PI NTK DynamicNTK Yarn LongRope Llama3 apply_rope",
+    "jaxlong.core.state": "KVCache nbytes",
+    "jaxlong.core.types": "BadInput Batch",
+    "jaxlong.ops.attend": "Backend attend attend_with_lse merge",
+    "jaxlong.ops.loss": "cross_entropy",
+    "jaxlong.mixers": "GQA MIXERS",
+    "jaxlong.layers.mlp": "SwiGLU Gelu",
+    "jaxlong.model": "LM extend init_params",
+    "jaxlong.parallel.mesh": "make_mesh init_distributed",
+    "jaxlong.data": "Data batches",
+    "jaxlong.train": "make_step fit",
+    "jaxlong.evals": "evaluate",
+    "jaxlong.inference": "Runner generate",
+    "jaxlong.config": "Experiment load",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__version__ = "0.1.0"
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'jaxlong' has no attribute '{name}'")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

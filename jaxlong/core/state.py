@@ -1,0 +1,79 @@
+"""State pytrees: what a mixer keeps between calls. Passed in, returned, never mutated."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+EMPTY = -1
+"""Segment id of a slot that holds nothing; no token carries it, so no query attends to it."""
+
+
+class KVCache(NamedTuple):
+    """Ring buffer of keys and values in which each slot carries its own position and segment.
+
+    `next` counts all tokens pushed; token n lives in slot `n % S`. A cache for a mask that sees `window`
+    keys needs `window + longest chunk - 1` slots, since a chunk is written before its queries read.
+    State size: `B * S * (K * (C + V) * itemsize + 8) + 4` bytes.
+    """
+
+    k: Float[Array, "B S K C"]
+    v: Float[Array, "B S K V"]
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    next: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, batch: int, slots: int, heads: int, key_dim: int, value_dim: int, dtype) -> KVCache:
+        return cls(
+            k=jnp.zeros((batch, slots, heads, key_dim), dtype),
+            v=jnp.zeros((batch, slots, heads, value_dim), dtype),
+            positions=jnp.zeros((batch, slots), jnp.int32),
+            segment_ids=jnp.full((batch, slots), EMPTY, jnp.int32),
+            next=jnp.zeros((), jnp.int32),
+        )
+
+    def push(
+        self,
+        k: Float[Array, "B T K C"],
+        v: Float[Array, "B T K V"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+    ) -> KVCache:
+        """Append T tokens, overwriting the oldest when full. Raises ValueError if T exceeds the slots."""
+        slots, length = self.k.shape[1], k.shape[1]
+        if length > slots:
+            raise ValueError(f"cannot push {length} tokens into a cache of {slots} slots")
+        index = (self.next + jnp.arange(length)) % slots
+        write = lambda buffer, new: buffer.at[:, index].set(new.astype(buffer.dtype), unique_indices=True)
+        return self._replace(
+            k=write(self.k, k),
+            v=write(self.v, v),
+            positions=write(self.positions, positions),
+            segment_ids=write(self.segment_ids, segment_ids),
+            next=self.next + length,
+        )
+
+
+class ConvTail(NamedTuple):
+    """The last `W - 1` inputs of a causal convolution of width W, with their segments."""
+
+    x: Float[Array, "B W D"]
+    segment_ids: Int[Array, "B W"]
+
+    @classmethod
+    def empty(cls, batch: int, width: int, channels: int, dtype) -> ConvTail:
+        return cls(
+            x=jnp.zeros((batch, width - 1, channels), dtype),
+            segment_ids=jnp.full((batch, width - 1), EMPTY, jnp.int32),
+        )
+
+
+def nbytes(state: Any) -> int:
+    """Bytes of a state: arrays, or the shapes that `jax.eval_shape(init_state, ...)` gives."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))

@@ -1,0 +1,196 @@
+"""Softmax attention with grouped key/value heads; multi-head and multi-query are its settings."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxlong.core.mask import Mask, causal, sliding
+from jaxlong.core.position import Alibi, NoPE, Rope, apply_rope
+from jaxlong.core.state import ConvTail, KVCache
+from jaxlong.core.types import BadInput
+from jaxlong.mixers.base import projection
+from jaxlong.ops.attend import Backend, attend
+from jaxlong.ops.short_conv import short_conv
+
+
+class GQA(nn.Module):
+    """Grouped-query attention under any mask and position scheme.
+
+        q, k, v = x Wq, x Wk, x Wv        [conv]  [qk-norm]  [rotation]
+        o_h = softmax(q_h k_g^T / sqrt(C) + mask) v_g,   g = h // (H / K)
+        y = (o * sigmoid(x Wg)) Wo        [gate]
+
+    Paper: Ainslie et al., arXiv 2305.13245. K = H is multi-head (Vaswani et al., arXiv 1706.03762), K = 1
+    multi-query (Shazeer, arXiv 1911.02150) attention.
+    Training cost: 4 D C (H + K) T + 4 H C T S flops, S the keys that the mask shows a query on average.
+    State: 2 K C elements and 8 bytes a token, for min(max_len, mask.reach() + max_chunk - 1) tokens;
+    the convolution adds (W - 1)(H + K) C elements.
+
+    Fields:
+        qk_norm: RMS norm on each head of q and k before the rotation (as Qwen3).
+        bias: a bias on q, k and v (as Qwen2).
+        gate: sigmoid output gate (as Qwen3-Next).
+        conv: width of a causal depthwise convolution on q and k; 0 is none.
+        sinks: a learned logit a head in the softmax's denominator (as gpt-oss).
+        soft_cap: bound of the logits, c tanh(s / c) (as Gemma 2).
+        scale: factor of q k^T; None is C ** -0.5.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: Mask = field(default_factory=causal)
+    position: Rope | NoPE | Alibi = Rope()
+    qk_norm: bool = False
+    bias: bool = False
+    gate: bool = False
+    conv: int = 0
+    sinks: bool = False
+    soft_cap: float | None = None
+    scale: float | None = None
+    backend: Backend = Backend()
+
+    def __post_init__(self):
+        for name in ("heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise BadInput(name, getattr(self, name), "must be positive", "1 or more")
+        if self.heads % self.kv_heads:
+            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise BadInput("kv_heads", self.kv_heads, f"does not divide heads = {self.heads}", f"one of {divisors}")
+        if self.conv < 0 or self.conv == 1:
+            raise BadInput("conv", self.conv, "is no width of a convolution", "0 for none, or 2 or more")
+        if isinstance(self.position, Rope):
+            self.position.frequencies(self.head_dim)  # refuses a rotary_dim that does not fit
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
+        q, k, v, tail = self._project(x, segments, state)
+        if isinstance(self.position, Rope):
+            rope = self.position
+            freqs = rope.frequencies(self.head_dim)
+            q, k = (apply_rope(a, positions, freqs, interleaved=rope.interleaved) for a in (q, k))
+
+        keys, cache = (k, v, positions, segment_ids), None
+        if state is not None:
+            cache = _cache(state).push(k, v, positions, segments)
+            keys = (cache.k.astype(x.dtype), cache.v.astype(x.dtype), cache.positions, cache.segment_ids)
+        o = attend(
+            q,
+            keys[0],
+            keys[1],
+            mask=self.mask,
+            q_positions=positions,
+            k_positions=keys[2],
+            q_segments=segment_ids if state is None else segments,
+            k_segments=keys[3],
+            alibi_slopes=self.position.slopes(self.heads) if isinstance(self.position, Alibi) else None,
+            scale=self._scale(),
+            soft_cap=self.soft_cap,
+            sinks=self._vector("sinks", (self.heads,), ("heads",), jnp.float32) if self.sinks else None,
+            backend=self.backend,
+        )
+        if self.gate:
+            o *= jax.nn.sigmoid(jnp.einsum("btd,dhc->bthc", x, self._in("wg", x, self.heads)))
+        wo = projection(
+            self, "wo", (self.heads, self.head_dim, x.shape[-1]), ("heads", "head_dim", "embed"), inputs=2, dtype=x.dtype
+        )
+        y = jnp.einsum("bthc,hcd->btd", o, wo)
+        return y, cache if tail is None or state is None else (cache, tail)
+
+    def _scale(self) -> float:
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return scale * self.position.softmax_scale if isinstance(self.position, Rope) else scale
+
+    def _project(self, x: Array, segments: Array, state: Any) -> tuple[Array, Array, Array, ConvTail | None]:
+        """q [B T H C], k and v [B T K C] before the rotation, and the convolution's new tail."""
+        q = jnp.einsum("btd,dhc->bthc", x, self._in("wq", x, self.heads))
+        k = jnp.einsum("btd,dkc->btkc", x, self._in("wk", x, self.kv_heads))
+        v = jnp.einsum("btd,dkc->btkc", x, self._in("wv", x, self.kv_heads))
+        if self.bias:
+            q += self._vector("bq", (self.heads, self.head_dim), ("heads", "head_dim"), x.dtype)
+            k += self._vector("bk", (self.kv_heads, self.head_dim), ("kv_heads", "head_dim"), x.dtype)
+            v += self._vector("bv", (self.kv_heads, self.head_dim), ("kv_heads", "head_dim"), x.dtype)
+        tail = None
+        if self.conv:
+            qk = jnp.concatenate([q, k], axis=2)
+            flat = qk.reshape(*qk.shape[:2], -1)
+            kernel = self.param(
+                "conv", nn.with_logical_partitioning(_identity_conv, (None, None)), (self.conv, flat.shape[-1]), jnp.float32
+            )
+            flat, tail = short_conv(flat, kernel, segments, None if state is None else state[1])
+            q, k = jnp.split(flat.reshape(qk.shape), [self.heads], axis=2)
+        if self.qk_norm:
+            q = _head_norm(q, self._vector("q_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones))
+            k = _head_norm(k, self._vector("k_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones))
+        return q, k, v, tail
+
+    def _in(self, name: str, x: Array, heads: int) -> Array:
+        axes = ("embed", "kv_heads" if name in ("wk", "wv") else "heads", "head_dim")
+        return projection(self, name, (x.shape[-1], heads, self.head_dim), axes, inputs=1, dtype=x.dtype)
+
+    def _vector(self, name: str, shape: tuple, axes: tuple, dtype: Any, init: Any = nn.initializers.zeros) -> Array:
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32).astype(dtype)
+
+    def init_state(self, batch: int, max_len: int, *, width: int, max_chunk: int, dtype: Any) -> Any:
+        reach = self.mask.reach()
+        slots = max_len if reach is None else min(max_len, reach + max_chunk - 1)
+        cache = KVCache.empty(batch, slots, self.kv_heads, self.head_dim, self.head_dim, dtype)
+        if not self.conv:
+            return cache
+        channels = (self.heads + self.kv_heads) * self.head_dim
+        return cache, ConvTail.empty(batch, self.conv, channels, dtype)
+
+
+    def state_bytes(self, batch: int, max_len: int, *, width: int, max_chunk: int, itemsize: int) -> int:
+        """Bytes of the state by the formula above (segments and positions are int32; one counter)."""
+        reach = self.mask.reach()
+        slots = max_len if reach is None else min(max_len, reach + max_chunk - 1)
+        cache = batch * slots * (2 * self.kv_heads * self.head_dim * itemsize + 8) + 4
+        channels = (self.heads + self.kv_heads) * self.head_dim
+        return cache + (batch * (self.conv - 1) * (channels * itemsize + 4) if self.conv else 0)
+
+    @classmethod
+    def examples(cls) -> dict[str, GQA]:
+        """Small settings that cover the fields; the laws and the benchmark run on each."""
+        small = cls(heads=4, kv_heads=2, head_dim=8)
+        return {
+            "gqa": small,
+            "mha": small.clone(kv_heads=4, position=Alibi()),
+            "mqa": small.clone(kv_heads=1, position=NoPE(), soft_cap=5.0),
+            "window": small.clone(mask=sliding(5), sinks=True),
+            "full": small.clone(
+                qk_norm=True, bias=True, gate=True, conv=4, position=Rope(base=500.0, rotary_dim=4, interleaved=True)
+            ),
+            "window_conv": small.clone(mask=sliding(6), conv=3, qk_norm=True),
+        }
+
+
+def _cache(state: Any) -> KVCache:
+    return state if isinstance(state, KVCache) else state[0]
+
+
+def _head_norm(x: Float[Array, "B T H C"], scale: Float[Array, "C"]) -> Float[Array, "B T H C"]:
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    return (wide * scale).astype(x.dtype)
+
+
+def _identity_conv(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
+    """Passes each token through, plus noise that breaks the symmetry between channels."""
+    return jax.random.normal(key, shape, dtype) * shape[0] ** -0.5 * 0.5 + jnp.zeros(shape, dtype).at[-1].set(1.0)

@@ -1,0 +1,206 @@
+"""Attention: one call, a table of implementations, and the merge of partial results."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxlong.core.mask import Mask
+from jaxlong.core.types import BadInput
+from jaxlong.ops.blockwise import blockwise
+from jaxlong.ops.dense import dense
+from jaxlong.parallel.allgather import Meta, auto_mesh, sequence_attention
+
+KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"dense": dense, "blockwise": blockwise}
+"""Implementations by name. All take the arguments of `dense`; one raises NotImplementedError for what it cannot take."""
+
+SEQUENCES = ("auto", "none", "all_gather")
+
+DENSE_SCORES = 512 * 512
+"""Up to this many scores a head, "auto" holds them all: on a CPU, forward and backward, dense is the faster there."""
+
+_log = logging.getLogger(__name__)
+
+
+def _known(field: str, name: object, names: tuple[str, ...]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        raise BadInput(field, name, "no such name", f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How to compute attention; never what it computes.
+
+    Args:
+        kernel: a name in `KERNELS`, several names to be tried in order, or "auto".
+        sequence: what to do where the mesh of `jax.set_mesh` has an axis "seq" of more than one device. "all_gather":
+            each device computes its part of the queries over all keys. "none": leave it to the compiler. "auto": the
+            best there is, "all_gather" today.
+
+    Raises:
+        BadInput: for a name that does not exist.
+    """
+
+    kernel: str | tuple[str, ...] = "auto"
+    sequence: str = "auto"
+
+    def __post_init__(self):
+        for name in (self.kernel,) if isinstance(self.kernel, str) else self.kernel:
+            _known("backend.kernel", name, ("auto", *KERNELS) if name is self.kernel else tuple(KERNELS))
+        if not self.kernel:
+            raise BadInput("backend.kernel", repr(self.kernel), "nothing to try", f"some of {', '.join(KERNELS)}")
+        _known("backend.sequence", self.sequence, SEQUENCES)
+
+
+def attend(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K V"],
+    *,
+    mask: Mask,
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    heads: Int[Array, "H"] | None = None,
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    alibi_slopes: Float[Array, "H"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
+    backend: Backend = Backend(),  # noqa: B008  frozen
+) -> Float[Array, "B T H V"]:
+    """Softmax attention: `attend_with_lse` without the lse."""
+    return attend_with_lse(
+        q,
+        k,
+        v,
+        mask=mask,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        q_segments=q_segments,
+        k_segments=k_segments,
+        heads=heads,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        scale=scale,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        backend=backend,
+    )[0]
+
+
+def attend_with_lse(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K V"],
+    *,
+    mask: Mask,
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    heads: Int[Array, "H"] | None = None,
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    alibi_slopes: Float[Array, "H"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
+    backend: Backend = Backend(),  # noqa: B008  frozen
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Softmax attention over the keys that a query sees, and the log of each softmax denominator.
+
+        s = cap tanh(scale q.k / cap) + bias - slope |i - j|;  lse = log(sum_j exp s_j + exp sink)
+        out = sum_j exp(s_j - lse) v_j
+
+    Softmax and sums are float32. A query that sees no key gets exactly 0 with lse -inf (with a sink, its sink), and
+    no gradient passes. Keys that it does not see change nothing, not even NaN ones. Differentiable in all float
+    arrays and through both results; works under jit, grad, vmap, scan, remat and inside one's own `jax.shard_map`.
+
+    Args:
+        mask: which positions see which (`jaxlong.core.mask`).
+        q_positions, k_positions: positions of queries and keys, in any order, at least 0.
+        q_segments, k_segments: pairs with different ids do not attend, and a key with a negative id is an empty slot.
+            Both or neither.
+        heads: the indices by which masks tell heads apart, 0..H-1 unless q holds only some of a layer's heads.
+        bias: added to the scores; its gradient is as large as it is.
+        alibi_slopes: ALiBi (Press et al. 2022), symmetric for keys ahead.
+        scale: C ** -0.5 unless given.
+        soft_cap: keeps scores within +-soft_cap (Gemma 2, section 2), before bias and slopes.
+        sinks: a logit a head that joins the denominator only (gpt-oss).
+        backend: how to compute it.
+
+    Returns:
+        out in v's dtype, lse in float32.
+
+    Raises:
+        BadInput: H is not a multiple of K, segments on one side only, or heads that the mesh cannot divide.
+        NotImplementedError: none of the backend's implementations takes these arguments; it names each one's reason.
+    """
+    H, K = q.shape[2], k.shape[2]
+    if H % K:
+        raise BadInput("heads", H, f"not a multiple of the {K} key heads", "each key head serves equally many queries")
+    if (q_segments is None) != (k_segments is None):
+        given = "k_segments" if q_segments is None else "q_segments"
+        raise BadInput("segments", given, "given for one side only", "both q_segments and k_segments, or neither")
+    if heads is None:
+        heads = jnp.arange(H, dtype=jnp.int32)
+    meta = Meta(q_positions, k_positions, q_segments, k_segments, heads, bias, alibi_slopes, sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    local = functools.partial(_local, backend, mask, scale, soft_cap)
+    mesh = None if backend.sequence == "none" else auto_mesh()
+    if mesh is None or mesh.shape.get("seq", 1) == 1:
+        return local(q, k, v, meta)
+    return sequence_attention(local, q, k, v, meta, mesh=mesh)
+
+
+def merge(
+    a: tuple[Float[Array, "B T H V"], Float[Array, "B T H"]],
+    b: tuple[Float[Array, "B T H V"], Float[Array, "B T H"]],
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Attention over two disjoint sets of keys, from `(out, lse)` over each. Empty sets (lse -inf) are neutral.
+
+    Computed in float32; the output has the wider dtype of the two, so carry a float32 one through many merges.
+    """
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    top = jax.lax.stop_gradient(jnp.maximum(lse_a, lse_b))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+    total = weight_a + weight_b
+    nothing = total == 0
+    total = jnp.where(nothing, 1, total)
+    out = out_a * (weight_a / total)[..., None] + out_b * (weight_b / total)[..., None]
+    return out.astype(jnp.promote_types(out_a.dtype, out_b.dtype)), jnp.where(nothing, -jnp.inf, top + jnp.log(total))
+
+
+def _local(backend: Backend, mask: Mask, scale: float, soft_cap: float | None, q, k, v, meta: Meta):
+    """The first implementation that takes these arguments."""
+    reasons = []
+    for name in _order(backend.kernel, q.shape[1] * k.shape[1]):
+        try:
+            return KERNELS[name](q, k, v, mask=mask, scale=scale, soft_cap=soft_cap, **meta._asdict())
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+            _note(reasons[-1])
+    raise NotImplementedError(f"no implementation takes these arguments; {'; '.join(reasons)}")
+
+
+def _order(kernel: str | tuple[str, ...], scores: int) -> tuple[str, ...]:
+    if kernel == "auto":
+        return ("dense", "blockwise") if scores <= DENSE_SCORES else ("blockwise", "dense")
+    return (kernel,) if isinstance(kernel, str) else kernel
+
+
+@functools.cache
+def _note(reason: str) -> None:
+    """Logs why an implementation gave way, once."""
+    _log.info("%s", reason)

@@ -1,0 +1,48 @@
+"""Blockwise feed-forward: a token-wise function over a long sequence, a block of tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Shaped
+
+
+def feed_forward(
+    fn: Callable[[Float[Array, "B b D"]], Float[Array, "B b E"]], x: Float[Array, "B T D"], *, block: int
+) -> Float[Array, "B T E"]:
+    """`fn(x)` for a token-wise `fn`, with its inner activations held for one block of tokens only.
+
+    Blockwise parallel transformer (Liu and Abbeel 2023), section 3. Every block is computed again in the backward
+    pass, so the memory of a wide hidden layer is that of `block` tokens of each row instead of T.
+
+    Args:
+        fn: a pure function that treats each token alone. A bound flax module is not one: close over its parameters
+            and call `apply`.
+        block: tokens of a row to handle at once, at least 1; any length works.
+    """
+    blocks = split(x, block)
+    return join(lax.map(jax.checkpoint(fn), blocks), x.shape[1])
+
+
+def split(x: Shaped[Array, "B T *rest"], block: int, *, fill: float | None = None) -> Shaped[Array, "n B m *rest"]:
+    """Cuts T into n blocks of m <= `block` tokens, n apart: block j holds tokens j, j + n, j + 2n, ...
+
+    Blocks of neighbours would belong to one device each where T is sharded, and a loop over them would leave the
+    others waiting for its data. Strided blocks hold an equal part of every device's tokens: nothing moves.
+    The end is padded with `fill`, or else with copies of the last token: zeros can be worse than any token (the
+    gradient of a norm).
+    """
+    B, T, *rest = x.shape
+    n = -(-T // block)
+    pad = [(0, 0), (0, -T % n)] + [(0, 0)] * len(rest)
+    x = jnp.pad(x, pad, mode="edge") if fill is None else jnp.pad(x, pad, constant_values=fill)
+    return jnp.moveaxis(x.reshape(B, -1, n, *rest), 2, 0)
+
+
+def join(blocks: Shaped[Array, "n B m *rest"], length: int) -> Shaped[Array, "B T *rest"]:
+    """The inverse of `split`."""
+    n, B, m, *rest = blocks.shape
+    return jnp.moveaxis(blocks, 0, 2).reshape(B, m * n, *rest)[:, :length]

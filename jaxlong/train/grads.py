@@ -1,0 +1,118 @@
+"""Losses, and the gradient functions built from them.
+
+A loss is a mean over weighted labels: it returns the mean and metrics, of which `weight` is the sum of the
+weights and every other entry a mean over them too. Micro-batches can then be put together exactly:
+loss = sum_i w_i loss_i / sum_i w_i, and the same for gradients and metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxlong.core.types import BadInput, Batch
+from jaxlong.ops.loss import cross_entropy
+from jaxlong.train.state import Params
+
+Metrics = dict[str, Array]
+"""Scalars by name."""
+
+LossFn = Callable[[Params, Batch], tuple[Array, Metrics]]
+"""(params, batch) -> (mean loss [], metrics). Finite, with weight 0, for a batch whose weights are all 0."""
+
+GradFn = Callable[[Params, Batch], tuple[Params, Metrics]]
+"""(params, batch) -> (gradient of the mean loss, metrics with `loss`)."""
+
+
+def next_token_loss(model: Any, *, z_loss: float = 0.0, chunk: int = 1024) -> LossFn:
+    """Cross entropy of the targets that a batch carries, in nats a weighted label.
+
+    Args:
+        model: a `jaxlong.model.LM`, or anything with its `apply(..., method="features")`, `head` and `soft_cap`.
+        z_loss: weight of the mean squared log partition function (PaLM, arXiv 2204.02311, section 5).
+        chunk: tokens whose logits exist at once.
+
+    Returns:
+        A loss with metrics `nll` (mean, without the z-loss: perplexity is its exponential), `accuracy` (share of
+        labels that have the largest logit) and `weight`.
+    """
+
+    def loss_fn(params: Params, batch: Batch) -> tuple[Array, Metrics]:
+        hidden, _ = model.apply(
+            {"params": params},
+            batch.tokens,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            method="features",
+        )
+        total, stats = cross_entropy(
+            hidden,
+            model.head(params),
+            batch.targets,
+            batch.loss_weights,
+            z_loss=z_loss,
+            chunk=chunk,
+            soft_cap=model.soft_cap,
+        )
+        count = jnp.where(stats.weight_sum > 0, stats.weight_sum, 1.0)
+        means = {"nll": stats.nll_sum / count, "accuracy": stats.correct_sum / count}
+        return total / count, means | {"weight": stats.weight_sum}
+
+    return loss_fn
+
+
+def full(loss_fn: LossFn) -> GradFn:
+    """The gradient over the whole batch at once."""
+
+    def grad_fn(params: Params, batch: Batch) -> tuple[Params, Metrics]:
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        return grads, metrics | {"loss": loss}
+
+    return grad_fn
+
+
+def accumulated(loss_fn: LossFn, steps: int) -> GradFn:
+    """The same gradient, from `steps` micro-batches one after another: memory for one of them.
+
+    Equal to `full` in exact arithmetic, whatever the weights of the micro-batches, since each counts by
+    its `weight`; sums are kept in float32. Micro-batch s takes rows s, s + steps, ...: a batch that is
+    sharded over its rows then moves nothing between devices.
+
+    Raises:
+        BadInput: when called with rows that `steps` does not divide.
+    """
+    if steps < 1:
+        raise BadInput("train.accumulation", steps, "is no number of micro-batches", "1 or more")
+    if steps == 1:
+        return full(loss_fn)
+    one = full(loss_fn)
+
+    def weighted(params: Params, batch: Batch) -> tuple[Params, Metrics]:
+        grads, metrics = one(params, batch)
+        weight = metrics["weight"].astype(jnp.float32)
+        scale = lambda x: weight * x.astype(jnp.float32)
+        return jax.tree.map(scale, grads), jax.tree.map(scale, metrics) | {"weight": weight}
+
+    def grad_fn(params: Params, batch: Batch) -> tuple[Params, Metrics]:
+        micro = jax.tree.map(lambda x: _split(x, steps), batch)
+        shapes = jax.eval_shape(weighted, params, jax.tree.map(lambda x: x[0], micro))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        add = lambda total, rows: (jax.tree.map(jnp.add, total, weighted(params, rows)), None)
+        (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
+        weight = metrics["weight"]
+        count = jnp.where(weight > 0, weight, 1.0)
+        grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, params)
+        return grads, jax.tree.map(lambda m: m / count, metrics) | {"weight": weight}
+
+    return grad_fn
+
+
+def _split(x: Any, steps: int) -> Any:
+    """[B, ...] -> [steps, B / steps, ...]; row r goes to micro-batch r % steps."""
+    if x.shape[0] % steps:
+        raise BadInput("train.accumulation", steps, f"does not divide the batch of {x.shape[0]} rows", "a divisor")
+    return x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1)

@@ -1,0 +1,11 @@
+"""Eight simulated CPU devices, and every jaxtyping annotation of the library executed."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["jaxlong", "pallas_kernels"], "beartype.beartype")

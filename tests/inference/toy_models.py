@@ -1,0 +1,69 @@
+"""Tiny models with random parameters, and one whose answers are known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlong.core.mask import sliding
+from jaxlong.core.position import Rope
+from jaxlong.layers.mlp import SwiGLU
+from jaxlong.mixers import GQA
+from jaxlong.model import LM, init_params
+
+VOCAB = 23
+GQA_SMALL = GQA(heads=2, kv_heads=1, head_dim=8, position=Rope(base=500.0))
+PATTERNS = {
+    "full": (GQA_SMALL.clone(conv=3, qk_norm=True),),
+    "window": (GQA_SMALL.clone(mask=sliding(4)), GQA_SMALL),
+}
+
+
+@functools.cache
+def model(name, vocab=VOCAB):
+    """(model, parameters) with logits far enough apart that rounding decides nothing."""
+    lm = LM(vocab=vocab, width=16, depth=2, pattern=PATTERNS[name], mlp=SwiGLU(hidden=24))
+    params = jax.tree.map(lambda leaf: leaf * (1.5 if leaf.ndim > 1 else 1.0), init_params(lm, jax.random.key(3)))
+    return lm, params
+
+
+def logits(lm, params, tokens):
+    """All logits of the whole sequence at once, [B, T, V] in float64."""
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return np.asarray(_forward(lm, params, tokens, positions), np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(lm, params, tokens, positions):
+    return lm.apply({"params": params}, tokens, positions=positions)[0]
+
+
+def greedy(lm, params, prompt, count, total=40):
+    """Tokens by repeated whole forward passes; what stands to the right of a token does not change its logits."""
+    tokens = list(prompt)
+    for _ in range(count):
+        row = np.zeros((1, total), np.int32)
+        row[0, : len(tokens)] = tokens
+        tokens.append(int(logits(lm, params, row)[0, len(tokens) - 1].argmax()))
+    return tokens[len(prompt) :]
+
+
+class Bigram:
+    """A model whose logits are a row of a table, and whose state records what it was fed."""
+
+    vocab = 5
+
+    def apply(self, variables, tokens, *, positions, segment_ids, state=None, method=None):
+        if state is not None:
+            seen, count = state
+            new = jnp.stack([tokens, positions, segment_ids], axis=-1)
+            state = (jax.lax.dynamic_update_slice(seen, new, (0, count, 0)), count + tokens.shape[1])
+        if method == "features":
+            return jnp.zeros((*tokens.shape, 1)), state
+        return variables["params"][tokens], state
+
+    def init_state(self, batch, max_len, *, max_chunk, dtype=None):
+        self.max_len, self.max_chunk = max_len, max_chunk
+        return jnp.full((batch, max_len, 3), -1, jnp.int32), jnp.int32(0)
