@@ -1,0 +1,1 @@
+"""Scripts, run from a checkout as `python -m experiments.<name>`."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from jaxlong.config import Experiment, load, override
+from jaxlong.config import Experiment, load, override, to_data
 from jaxlong.core.types import BadInput
+from jaxlong.data import describe
 
 
 def experiment_flags(values: flags.FlagValues, config: str | None = None) -> None:
@@ -44,11 +46,53 @@ def build(values: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> Exp
 
 
 def apply_overrides(
-    experiment: Experiment, values: flags.FlagValues, overrides: Sequence[tuple[str, str]]
+    experiment: Experiment, values: flags.FlagValues | None, overrides: Sequence[tuple[str, str]]
 ) -> Experiment:
+    """The experiment with its overrides applied, then --mesh where a script has that flag."""
     for path, text in overrides:
         experiment = override(experiment, path, text)
-    return override(experiment, "mesh", values.mesh) if values.mesh is not None else experiment
+    if values is not None and values.mesh is not None:
+        experiment = override(experiment, "mesh", values.mesh)
+    return experiment
+
+
+def required(values: flags.FlagValues, name: str, example: str) -> str:
+    """The value of a flag that has no default. Raises BadInput if it is not given."""
+    if values[name].value is None:
+        raise BadInput(name, "unset", "is needed", example)
+    return values[name].value
+
+
+def show(experiment: Experiment) -> None:
+    """Print every value of the experiment once, by its dotted path, and what the data are (process 0)."""
+    import jax
+
+    from jaxlong.run import count_params, flat
+
+    if jax.process_index() == 0:
+        lines = [f"{name} = {value}" for name, value in flat(to_data(experiment)).items()]
+        lines.append(f"parameters: {count_params(experiment.model):,}    devices: {jax.device_count()}")
+        lines += [f"data: {part}" for part in describe(experiment.data)["mixture"]]
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+
+
+def progress(title: str) -> Callable[[int, int], None]:
+    """A function of (done, all) that shows how far an evaluation is: a line rewritten on a terminal, or one each 10 s."""
+    started = told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if done < total and now - told < (0.2 if terminal else 10.0):
+            return
+        told = now
+        left = (now - started) / done * (total - done)
+        line = f"{title} {done}/{total}  {left:.0f} s left"
+        sys.stderr.write(f"\r{line}\033[K" + ("\n" if done == total else "") if terminal else line + "\n")
+        sys.stderr.flush()
+
+    return tell
 
 
 def run(

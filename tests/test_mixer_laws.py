@@ -22,6 +22,14 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 TOLERANCE = {"float32": 3e-6, "bfloat16": 4e-2}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compile_fast():
+    """Hundreds of small programs run once each: compiling them takes the time, not running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @functools.cache
 def params_of(name: str):
     mixer = CASES[name]
@@ -118,7 +126,7 @@ def packed(lengths):
 
 @every_mixer
 @every_dtype
-@pytest.mark.parametrize("lengths", [(5, 1, 7), (1, 2, 1, 3), (13,)], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 1, 5), (1, 2, 1, 2)], ids=str)
 def test_packed_documents_equal_separate_runs(name, dtype, lengths):
     """Documents shorter than a window or a convolution too; nothing leaks over an edge."""
     segments, positions = packed(lengths)
@@ -133,9 +141,9 @@ def test_packed_documents_equal_separate_runs(name, dtype, lengths):
 
 @every_mixer
 def test_gradients_of_packed_documents(name):
-    segments, positions = packed((5, 1, 7))
-    x, weights = inputs(13), jax.random.normal(jax.random.key(4), (BATCH, 13, WIDTH))
-    part = slice(6, 13)
+    segments, positions = packed((5, 1, 5))
+    x, weights = inputs(11), jax.random.normal(jax.random.key(4), (BATCH, 11, WIDTH))
+    part = slice(6, 11)
     together = jax.jit(jax.grad(lambda x: (run(name, x, positions, segments)[0] * weights)[:, part].sum()))(x)
     alone = jax.jit(jax.grad(lambda x: (run(name, x)[0] * weights[:, part]).sum()))(x[:, part])
     close(together[:, part], alone, "float32")

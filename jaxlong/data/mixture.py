@@ -23,7 +23,7 @@ class Part(Protocol):
     def rows(self, *, length: int, tokenizer: Tokenizer, seed: int) -> grain.sources.RandomAccessDataSource[Batch]:
         """Endless rows with random access, each field `[T]`; `len` is `sys.maxsize`."""
 
-    def identity(self) -> dict[str, str | float]:
+    def identity(self) -> dict[str, str | int | float]:
         """What must be the same for the same rows; JSON values."""
 
     def describe(self, tokenizer: Tokenizer) -> dict[str, Any]:

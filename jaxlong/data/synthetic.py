@@ -32,19 +32,21 @@ Task = Callable[[random.Random, int, Any], Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """A part of a mixture: one sample of a task a row, `prompt + answers[0]`, padded to the length.
+    """A part of a mixture: samples of a task, `prompt + answers[0]`, packed as documents and padded.
 
     Args:
         task: a callable; a frozen dataclass or a function of a module, so that it is known again after a restart.
         weight: rows of this part for each row of a part of weight 1.
         text_weight: weight in the loss of a token that is no answer.
         answer_weight: weight in the loss of a token of an answer.
+        length: tokens of a sample; a row holds as many as fit. None: one sample as long as the row.
     """
 
     task: Task
     weight: float = 1.0
     text_weight: float = 1.0
     answer_weight: float = 1.0
+    length: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("text_weight", "answer_weight"):
@@ -53,18 +55,21 @@ class Samples:
                 raise BadInput(f"Samples.{name}", value, "not a weight", "a finite number, at least 0")
         if self.text_weight == self.answer_weight == 0:
             raise BadInput("Samples.answer_weight", 0, "text_weight is 0 too: nothing to learn", "a number above 0")
+        if self.length is not None and self.length < 2:
+            raise BadInput("Samples.length", self.length, "too short for a sample", "2 or more, or None")
 
     def rows(self, *, length: int, tokenizer: Tokenizer, seed: int) -> SampleRows:
         """Row i of `length` tokens for every i >= 0."""
         return SampleRows(self, length=length, tokenizer=tokenizer, seed=seed)
 
-    def identity(self) -> dict[str, str | float]:
+    def identity(self) -> dict[str, str | int | float]:
         """What must be the same for the same rows."""
         return {
             "task": name_of(self.task),
             "weight": float(self.weight),
             "text_weight": float(self.text_weight),
             "answer_weight": float(self.answer_weight),
+            "length": self.length or "row",
         }
 
     def describe(self, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -73,31 +78,50 @@ class Samples:
 
 
 class SampleRows:
-    """Endless rows of a task; a random-access source for grain. Row i depends on (task, seed, i) only."""
+    """Endless rows of a task; a random-access source for grain. Row i depends on (samples, seed, i) only.
+
+    Raises:
+        BadInput: samples longer than a row.
+    """
 
     def __init__(self, samples: Samples, *, length: int, tokenizer: Tokenizer, seed: int):
+        size = samples.length or length
+        if size > length:
+            raise BadInput("Samples.length", size, f"rows have {length} tokens", f"at most {length}")
         self._samples, self._length, self._tokenizer, self._seed = samples, length, tokenizer, seed
+        self._size, self._count = size, length // size
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, i: SupportsIndex) -> Batch:
-        """Row i. Raises BadInput where the sample is longer than a row."""
-        i, length, tokenizer = operator.index(i), self._length, self._tokenizer
-        example = self._samples.task(random.Random(f"train/{self._seed}/{i}"), length, tokenizer)
-        text = example.prompt + example.answers[0]
-        ids = with_end(tokenizer, text)
-        if len(ids) - 1 > length:
-            why = f"{name_of(self._samples.task)} made {len(ids) - 1} tokens in row {i}"
-            raise BadInput("data.length", length, why, "longer rows, or a smaller task")
-        row = fill_row([Piece(0, 0, min(len(ids), length))], lambda _: ids, length=length, pad=tokenizer.eos)
-        return row._replace(loss_weights=row.loss_weights * self._label_weights(text, example))
+        """Row i. Raises BadInput where a sample is longer than its share of the row."""
+        first = operator.index(i) * self._count
+        made = [self._sample(first + n) for n in range(self._count)]
+        ids = [ids for ids, _ in made]
+        pieces = [Piece(n, 0, min(len(tokens), self._size)) for n, tokens in enumerate(ids)]
+        row = fill_row(pieces, ids.__getitem__, length=self._length, pad=self._tokenizer.eos)
+        weights = np.ones(self._length, np.float32)
+        labels = np.concatenate([labels[: piece.stop] for (_, labels), piece in zip(made, pieces, strict=True)])
+        weights[: len(labels)] = labels
+        return row._replace(loss_weights=row.loss_weights * weights)
 
-    def _label_weights(self, text: str, example: Any) -> np.ndarray:
-        """The weight of each target `[T]`: a label is worth what its token is, so the answer starts one place early."""
+    def _sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample i: its ids and eos `[n + 1]`, and the weight of the label of each."""
+        example = self._samples.task(random.Random(f"train/{self._seed}/{i}"), self._size, self._tokenizer)
+        text = example.prompt + example.answers[0]
+        ids = with_end(self._tokenizer, text)
+        if len(ids) - 1 > self._size:
+            why = f"{name_of(self._samples.task)} made {len(ids) - 1} tokens in sample {i}"
+            field = "data.length" if self._samples.length is None else "Samples.length"
+            raise BadInput(field, self._size, why, "longer samples, or a smaller task")
+        return ids, self._label_weights(text, example, len(ids))
+
+    def _label_weights(self, text: str, example: Any, count: int) -> np.ndarray:
+        """The weight of each label: it is worth what its token is, so the answer starts one place early."""
         spans = example.meta.get("spans", ((len(example.prompt), len(text)),))
         answers = covered(self._tokenizer.offsets(text), spans, len(text))
-        weights = np.full(self._length, self._samples.text_weight, np.float32)
+        weights = np.full(count, self._samples.text_weight, np.float32)
         weights[: len(answers) - 1][answers[1:]] = self._samples.answer_weight
         return weights
 

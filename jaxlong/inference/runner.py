@@ -26,8 +26,7 @@ class Runner:
     """Continues prompts and scores tokens; implements `jaxlong.evals.base.LanguageModel`.
 
     Few shapes are compiled: rows are padded to a power of two of at most `max_batch`, lengths to multiples
-    of `bucket`, or of a quarter of the power of two below them once that is more (at most four shapes an
-    octave, at most a quarter of padding).
+    of `bucket` that grow with them (at most four shapes an octave, at most a quarter of padding).
 
     Fields:
         params: the model's parameters.
@@ -109,14 +108,14 @@ class Runner:
             for start in range(0, len(members), self.max_batch):
                 yield members[start : start + self.max_batch], width
 
-    def _until_eos(self, row: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    def _until_eos(self, row: Int[np.ndarray, "N"]) -> Int[np.ndarray, "M"]:
         ends = np.flatnonzero(row == self.tokenizer.eos)
         return row[: ends[0]] if ends.size else row
 
 
 def bucketed(length: int, block: int) -> int:
-    """The length rounded up to a multiple of `block`, or of a quarter of the power of two below it if that is more."""
-    step = max(block, 1 << max(0, length.bit_length() - 3))
+    """The length rounded up to a multiple of `block`: of 1, 2, 4, ... blocks, the most that add less than a quarter."""
+    step = block << max(0, (length // block).bit_length() - 3)
     return -(-length // step) * step
 
 

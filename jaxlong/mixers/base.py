@@ -38,6 +38,10 @@ class SequenceMixer(Protocol):
         """Size of that state by the published formula, in bytes."""
         ...
 
+    def mixing_flops(self, length: int) -> float:
+        """Forward flops a token in rows of `length` tokens, beyond 2 a parameter."""
+        ...
+
     @classmethod
     def examples(cls) -> dict[str, SequenceMixer]:
         """Small settings that together use every field; the laws run on each."""

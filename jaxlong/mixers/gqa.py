@@ -165,6 +165,12 @@ class GQA(nn.Module):
         channels = (self.heads + self.kv_heads) * self.head_dim
         return cache + (batch * (self.conv - 1) * (channels * itemsize + 4) if self.conv else 0)
 
+    def mixing_flops(self, length: int) -> float:
+        """Forward flops a token in rows of `length` tokens, beyond 2 a parameter."""
+        reach = self.mask.reach()
+        seen = (length + 1) / 2 if reach is None or reach > length else reach - reach * (reach - 1) / (2 * length)
+        return 4 * self.heads * self.head_dim * seen
+
     @classmethod
     def examples(cls) -> dict[str, GQA]:
         """Small settings that cover the fields; the laws and the benchmark run on each."""

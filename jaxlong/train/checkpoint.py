@@ -153,10 +153,10 @@ def _newest_verified(path: Path, target: Any, prefix: str) -> tuple[Restored, li
         try:
             restored = _verified(folder, target, prefix)
         except Damaged as damage:
-            damaged[folder] = f"checkpoint of step {folder.name} {damage}"
+            damaged[folder] = f"step {folder.name} {damage}"
             continue
         for reason in damaged.values():
-            log.warning("%s; step %d is used instead", reason, restored.step)
+            log.warning("checkpoint of %s; step %d is used instead", reason, restored.step)
         return restored, list(damaged)
     raise _none_usable(path, list(damaged.values()))
 

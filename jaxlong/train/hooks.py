@@ -111,9 +111,7 @@ class TensorBoard(Hook):
         try:
             import tensorboardX  # noqa: F401
         except ImportError:
-            raise BadInput(
-                "train.tensorboard", True, "tensorboardX is missing", "pip install jaxlong[metrics]"
-            ) from None
+            raise BadInput("train.tensorboard", True, "needs tensorboardX", "pip install jaxlong[metrics]") from None
         self.directory, self.every = Path(directory), every
         self.writer: Any = None
 

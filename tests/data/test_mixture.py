@@ -200,6 +200,7 @@ OTHER_DATA = {
         "task": Letter("y"),
     },
     "data.mixture.2.answer_weight: 3.0: the checkpoint was trained with 1.0": {"part": 2, "answer_weight": 3.0},
+    "data.mixture.2.length: 12: the checkpoint was trained with row": {"part": 2, "length": 12},
     "data.mixture.2.part: nothing: the checkpoint was trained with Samples": {"mixture": 2},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from dataclasses import dataclass, field
@@ -85,9 +86,36 @@ def test_padding_has_no_weight():
     assert row.loss_weights.tolist() == [1.0] * 27 + [5.0] * 2 + [1.0] + [0.0] * 10
 
 
+@pytest.mark.parametrize("over", [0, -7])
+@pytest.mark.parametrize("length", [40, 100, 135])
+def test_several_samples_in_a_row(length, over):
+    """A row of `length // 40` short samples is the rows of length 40 one after the other, without their padding."""
+    samples = Samples(Recall(filler="a", over=over), answer_weight=7.0)
+    alone = samples.rows(length=40, tokenizer=Ascii(), seed=2)
+    rows = dataclasses.replace(samples, length=40).rows(length=length, tokenizer=Ascii(), seed=2)
+    count = length // 40
+    for i in (0, 3, 11):
+        parts = [alone[i * count + n] for n in range(count)]
+        for name, got in rows[i]._asdict().items():
+            kept = [getattr(part, name)[part.segment_ids > 0] for part in parts]
+            if name == "segment_ids":
+                kept = [ids * (n + 1) for n, ids in enumerate(kept)]
+            expected = np.concatenate(kept)
+            assert got.tolist() == [*expected.tolist(), *[0] * (length - len(expected))], name
+
+
+def test_lengths_of_samples_that_cannot_be():
+    with pytest.raises(BadInput, match=r"Samples.length: 41: rows have 40 tokens; at most 40"):
+        Samples(Recall(), length=41).rows(length=40, tokenizer=Ascii(), seed=0)
+    with pytest.raises(BadInput, match=r"Samples.length: 1: too short"):
+        Samples(Recall(), length=1)
+    with pytest.raises(BadInput, match=r"Samples.length: 40: Recall\(.*\) made 43 tokens in sample 2"):
+        Samples(Recall(filler="a", over=3), length=40).rows(length=80, tokenizer=Ascii(), seed=0)[1]
+
+
 def test_too_long_for_the_row():
     rows = Samples(Recall(filler="a", over=1)).rows(length=40, tokenizer=Ascii(), seed=0)
-    with pytest.raises(BadInput, match=r"data.length: 40: Recall\(.*\) made 41 tokens in row 5; longer rows"):
+    with pytest.raises(BadInput, match=r"data.length: 40: Recall\(.*\) made 41 tokens in sample 5; longer samples"):
         rows[5]
 
 

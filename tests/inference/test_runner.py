@@ -1,13 +1,12 @@
 """Runner is a language model of texts: batches of any sizes give what single prompts give, with few compilations."""
 
-import jax
 import numpy as np
 import pytest
-from toy_models import logits, model
+from toy_models import greedy, logits, model
 
 from jaxlong.core.types import BadInput
 from jaxlong.evals import LanguageModel, Needle, evaluate, perplexity
-from jaxlong.inference import Runner, Sample, generate
+from jaxlong.inference import Runner, Sample
 from jaxlong.inference.generate import _generate
 from jaxlong.inference.runner import _logprobs, bucketed
 
@@ -38,10 +37,7 @@ def test_is_a_language_model():
 def test_prompts_give_what_they_give_alone(chunk):
     lm = runner(chunk=chunk)
     for prompt, text in zip(PROMPTS, lm.generate(PROMPTS, 6), strict=True):
-        alone = np.asarray(
-            generate(lm.model, lm.params, Ascii().encode(prompt)[None], max_new=6, key=jax.random.key(0))
-        )
-        row = alone[0].tolist()
+        row = greedy(lm.model, lm.params, Ascii().encode(prompt).tolist(), 6)
         assert text == Ascii().decode(row[: row.index(0)] if 0 in row else row)
     assert lm.generate([], 6) == []
 
@@ -64,7 +60,7 @@ def test_sampling_is_repeatable():
     assert first[0] != first[3] or first[3] != first[5]  # rows of one batch do not share their randomness
 
 
-@pytest.mark.parametrize(("rows", "length"), [(1, 2), (3, 9), (4, 10), (7, 25)])
+@pytest.mark.parametrize(("rows", "length"), [(1, 2), (3, 9), (7, 25)])
 @pytest.mark.parametrize("chunk", [4096, 4])
 def test_logprobs_equal_numpy(rows, length, chunk):
     lm = runner(chunk=chunk)
@@ -72,9 +68,8 @@ def test_logprobs_equal_numpy(rows, length, chunk):
     got = lm.logprobs(tokens)
     assert got.shape == (rows, length - 1) and got.dtype == np.float32
     scores = logits(lm.model, lm.params, tokens)[:, :-1]
-    scores -= np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True)) + scores.max(
-        -1, keepdims=True
-    )
+    scores -= scores.max(-1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
     np.testing.assert_allclose(got, np.take_along_axis(scores, tokens[:, 1:, None], -1)[..., 0], atol=2e-5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import threading
 
 import jax
@@ -253,10 +254,8 @@ def test_tensorboard(tmp_path):
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
-    with pytest.raises(
-        BadInput, match=r"^train.tensorboard: True: needs tensorboardX; pip install jaxlong\[metrics\]$"
-    ):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(BadInput, match=r"^train.tensorboard: True: needs tensorboardX; pip install "):
         TensorBoard(tmp_path)
 
 

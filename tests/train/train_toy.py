@@ -35,6 +35,8 @@ from jaxlong.train.step import make_step
 
 VOCAB, WIDTH, LAYERS = 32, 16, 2
 ROWS, LENGTH = 8, 12
+HORIZON = 40
+"""Steps that the schedule is made for, however many are run."""
 
 AXES = {
     "embed": P("vocab", "embed"),
@@ -104,19 +106,19 @@ def make_mesh(devices: int) -> jax.sharding.Mesh:
 
 
 @cache
-def optimizer(steps: int):
-    return make_optimizer(AdamW(), Cosine(peak=1e-2, warmup=3), steps=steps, axes=AXES)
+def optimizer():
+    return make_optimizer(AdamW(), Cosine(peak=1e-2, warmup=3), steps=HORIZON, axes=AXES)
 
 
-def placed_state(mesh: jax.sharding.Mesh, steps: int = 100) -> tuple[TrainState, TrainState]:
+def placed_state(mesh: jax.sharding.Mesh) -> tuple[TrainState, TrainState]:
     """A fresh state with its matrices sharded over the mesh, and the target of a restore on it."""
-    create, target = _placed(mesh, steps)
+    create, target = _placed(mesh)
     return create(), target
 
 
 @cache
-def _placed(mesh: jax.sharding.Mesh, steps: int):
-    tx = optimizer(steps)
+def _placed(mesh: jax.sharding.Mesh):
+    tx = optimizer()
     create = lambda: TrainState.create(init_params(jax.random.key(0)), tx)
     abstract = jax.eval_shape(create)
     specs = {"embed": P("data"), "layers": {"w": P(None, "data"), "scale": P()}, "head": P(None, "data")}
@@ -126,9 +128,9 @@ def _placed(mesh: jax.sharding.Mesh, steps: int):
 
 
 @cache
-def jitted_step(steps: int = 100):
-    tx = optimizer(steps)
-    step = make_step(full(loss_fn), tx, learning_rate(Cosine(peak=1e-2, warmup=3), steps))
+def jitted_step():
+    tx = optimizer()
+    step = make_step(full(loss_fn), tx, learning_rate(Cosine(peak=1e-2, warmup=3), HORIZON))
     return jax.jit(step, donate_argnums=0)
 
 
@@ -136,14 +138,14 @@ def run(workdir: str, steps: int, *, pause: float = 0.0, hooks: tuple[Hook, ...]
     """Train to `steps`, from the newest checkpoint of the folder if there is one."""
     mesh = make_mesh(8)
     batches = Batches(mesh=mesh, pause=pause)
-    state, target = placed_state(mesh, steps)
+    state, target = placed_state(mesh)
     store = Store(workdir, config=CONFIG, keep=2)
     restored = store.restore(target)
     if restored is not None:
         state = restored.state
         batches.set_state(restored.data)
     always = (JsonLines(f"{workdir}/metrics.jsonl"), Checkpoints(store, every=3, data=batches))
-    return fit(state, jitted_step(steps), batches, steps=steps, hooks=(*hooks, *always))
+    return fit(state, jitted_step(), batches, steps=steps, hooks=(*hooks, *always))
 
 
 class Announce(Hook):

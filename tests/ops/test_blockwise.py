@@ -1,0 +1,291 @@
+"""Blockwise attention: equal to dense, linear in memory, and whole under every transformation."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import assert_same, case
+
+from jaxlong.core.mask import causal, sliding
+from jaxlong.core.types import BadInput
+from jaxlong.ops.blockwise import blockwise
+from jaxlong.ops.dense import dense
+
+small = partial(blockwise, block_q=16, block_k=24)
+BOTH = pytest.mark.parametrize("attention", [dense, small], ids=["dense", "blockwise"])
+
+# ---------------------------------------------------------------------------------------------- agreement
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("full", {"T": 1, "S": 1}),
+        ("full", {"T": 7, "S": 130, "H": 3, "K": 1, "features": ("row-bias", "sinks")}),
+        ("causal", {"T": 130, "H": 8, "K": 2, "V": 8}),
+        ("causal", {"T": 1, "S": 63, "K": 1, "features": ("sinks", "segments")}),
+        ("causal", {"T": 63, "features": ("bias", "alibi", "cap", "sinks", "segments")}),
+        ("sliding", {"T": 63}),
+        ("two-sided", {"T": 63, "S": 130, "K": 4, "features": ("alibi",)}),
+        ("global", {"T": 63, "B": 1, "features": ("segments",)}),
+        ("dilated", {"T": 48, "K": 1, "features": ("cap", "bias")}),
+        ("nothing", {"T": 7, "features": ("alibi",)}),
+    ],
+    ids=str,
+)
+def test_equals_dense(name, sizes):
+    inputs = case(name, **sizes)
+    assert_same(inputs.run(small), inputs.run(dense), 2e-6)
+
+
+def test_default_blocks_at_a_longer_length():
+    inputs = case("causal", B=1, T=1111, H=2, K=1, C=32)
+    assert_same(inputs.run(blockwise), inputs.oracle(), 2e-6)
+
+
+def test_positions_in_any_order():
+    """A permutation of the tokens permutes the results."""
+    inputs = case("sliding", T=63)
+    order = np.random.default_rng(0).permutation(63)
+    shuffled = case("sliding", T=63)
+    shuffled.floats = {name: x[:, order] for name, x in inputs.floats.items()}
+    shuffled.ints = {name: x[:, order] for name, x in inputs.ints.items()}
+    shuffled.dout, shuffled.dlse = inputs.dout[:, order], inputs.dlse[:, order]
+    assert_same(shuffled.run(small), jax.tree.map(lambda x: x[:, order], inputs.run(small)), 2e-6)
+
+
+@pytest.mark.parametrize("features", [(), ("bias", "cap", "sinks", "segments")], ids=str)
+def test_bfloat16_is_no_worse_than_twice_the_naive_error(features):
+    """FlashAttention's rule: twice the error of plain bfloat16 attention forward, three times for gradients."""
+    inputs = case("causal", T=130, dtype=jnp.bfloat16, features=features)
+
+    def naive(q, k, v, *, mask, q_positions, k_positions, q_segments=None, k_segments=None, scale, **features):
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+        scores = jnp.einsum("bthc,bshc->bhts", q, k) * scale
+        if (cap := features.get("soft_cap")) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        seen = mask(q_positions[:, None, :, None], k_positions[:, None, None, :])
+        if q_segments is not None:
+            seen &= (q_segments[:, None, :, None] == k_segments[:, None, None]) & (k_segments[:, None, None] >= 0)
+        scores = jnp.where(seen, scores + features.get("bias", 0), -1e30)
+        sink = features.get("sinks", jnp.full(q.shape[2], -1e30))[None, :, None, None].astype(q.dtype)
+        every = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:3], 1))], -1)
+        weights = jnp.where(seen, jax.nn.softmax(every, -1)[..., :-1], 0).astype(q.dtype)
+        lse = jax.nn.logsumexp(every, -1).astype(jnp.float32).swapaxes(1, 2)
+        return jnp.einsum("bhts,bshv->bthv", weights, v), lse
+
+    (want, _), want_gradients = inputs.oracle()
+    (got, _), got_gradients = inputs.run(small)
+    (plain, _), plain_gradients = inputs.run(naive)
+    assert got.dtype == jnp.bfloat16
+    error = lambda x, y: np.abs(np.asarray(x, np.float64) - y).max()
+    assert error(got, want) <= 2 * error(plain, want)
+    for name, exact in want_gradients.items():
+        assert error(got_gradients[name], exact) <= 3 * error(plain_gradients[name], exact) + 1e-4, name
+
+
+def test_a_block_of_no_tokens():
+    with pytest.raises(BadInput, match=r"block_q: 0: .*; 1 or more"):
+        case("full", T=7).run(partial(blockwise, block_q=0))
+
+
+# ---------------------------------------------------------------------------------------------- isolation
+
+
+@BOTH
+def test_what_is_not_seen_changes_nothing(attention):
+    """Keys in empty slots, and of the future, may hold anything: no bit of results or gradients changes."""
+    inputs = case("causal", T=63, features=("bias", "alibi", "cap", "sinks", "segments"))
+    inputs.ints["q_segments"] = jnp.where(jnp.arange(63) < 40, inputs.ints["q_segments"], 8)  # the rest sees nothing
+    unseen = (inputs.ints["k_segments"] < 0) | (jnp.arange(63) >= 40)
+    clean, clean_gradients = inputs.run(attention)
+    for junk in (jnp.nan, jnp.inf, 1e4):
+        spoil = lambda x, junk=junk: jnp.where(unseen[:, :, None, None], junk, x)
+        q = jnp.where(jnp.arange(63)[:, None, None] >= 40, junk, inputs.floats["q"])
+        floats = inputs.floats | {"q": q, "k": spoil(inputs.floats["k"]), "v": spoil(inputs.floats["v"])}
+        assert_bitwise(inputs.run(attention, floats), (clean, clean_gradients))
+
+
+@BOTH
+def test_what_is_seen_and_not_finite_is_not_hidden(attention):
+    inputs = case("causal", T=63, H=2, K=2)
+    for name in ("q", "k", "v"):
+        x = inputs.floats[name].at[0, 30, 1, 3].set(jnp.nan)
+        (out, _), _ = inputs.run(attention, inputs.floats | {name: x})
+        spoilt = ~np.isfinite(out).all(-1)
+        expected = np.zeros_like(spoilt)
+        expected[0, 30 if name == "q" else slice(30, None), 1] = True
+        if name == "q":
+            expected[0, 31:, 1] = False
+        np.testing.assert_array_equal(spoilt, expected)
+
+
+@BOTH
+def test_causality_bit_for_bit(attention):
+    inputs = case("causal", T=63)
+    inputs.dout, inputs.dlse = inputs.dout.at[:, 40:].set(0), inputs.dlse.at[:, 40:].set(0)
+    (out, lse), gradients = inputs.run(attention)
+    moved = {name: x.at[:, 40:].add(3.0) for name, x in inputs.floats.items()}
+    (moved_out, moved_lse), moved_gradients = inputs.run(attention, moved)
+    assert_bitwise((moved_out[:, :40], moved_lse[:, :40]), (out[:, :40], lse[:, :40]))
+    assert_bitwise(moved_gradients, gradients)
+    assert all(not np.asarray(x)[:, 40:].any() for x in gradients.values())
+
+
+@BOTH
+def test_rows_without_keys(attention):
+    """Exactly 0 with lse -inf; whatever their cotangent, nothing comes of it."""
+    inputs = case("causal", T=63, features=("segments",))
+    inputs.ints["q_segments"] = inputs.ints["q_segments"].at[:, 20:30].set(77)
+    (_, _), gradients = inputs.run(attention)
+    inputs.dout = inputs.dout.at[:, 20:30].set(jnp.nan)
+    (out, lse), nan_gradients = inputs.run(attention)
+    assert not np.asarray(out[:, 20:30]).any()
+    assert (np.asarray(lse[:, 20:30]) == -np.inf).all()
+    assert_bitwise(nan_gradients, gradients)
+    assert all(np.isfinite(x).all() for x in gradients.values())
+
+
+def assert_bitwise(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# ---------------------------------------------------------------------------------------------- transformations
+
+
+def self_attention(x, positions, segments, slopes, attention=small):
+    out, lse = attention(
+        x,
+        x[:, :, :2],
+        x[:, :, 2:],
+        mask=sliding(20),
+        q_positions=positions,
+        k_positions=positions,
+        q_segments=segments,
+        k_segments=segments,
+        alibi_slopes=slopes,
+    )
+    return out * lse[..., None]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((8, 63, 4, 16)), jnp.float32)
+    positions = jnp.asarray(np.arange(63) + random.integers(0, 9, (8, 1)), jnp.int32)
+    segments = jnp.asarray(np.sort(random.integers(0, 3, (8, 63)), axis=1), jnp.int32)
+    slopes = jnp.asarray(random.uniform(0.1, 0.5, 4), jnp.float32)
+    loss = lambda x, slopes: (self_attention(x, positions, segments, slopes) ** 2).sum()
+    return x, positions, segments, slopes, jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, slopes)
+
+
+def test_vmap(tokens):
+    """Every array mapped, positions included: rows take different numbers of steps."""
+    x, positions, segments, slopes, want = tokens
+    one = lambda x, positions, segments, slopes: self_attention(x[None], positions[None], segments[None], slopes)
+    loss = lambda x, slopes: (jax.vmap(one, (0, 0, 0, None))(x, positions, segments, slopes) ** 2).sum()
+    assert_same(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, slopes), want, 2e-6)
+
+
+def test_scan_and_checkpoint(tokens):
+    x, positions, segments, slopes, want = tokens
+    rows = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), (x, positions, segments))
+
+    def loss(x, slopes):
+        step = jax.checkpoint(lambda total, row: (total + (self_attention(*row, slopes) ** 2).sum(), None))
+        return jax.lax.scan(step, 0.0, (x, *rows[1:]))[0]
+
+    value, (dx, dslopes) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(rows[0], slopes)
+    assert_same((value, (dx.reshape(x.shape), dslopes)), want, 2e-6)
+
+
+@pytest.mark.parametrize("replicated", [False, True], ids=["by row", "positions replicated"])
+def test_inside_the_users_shard_map(tokens, replicated):
+    """With varying-axes checks on; what is replicated gets the sum of its gradients."""
+    x, positions, segments, slopes, want = tokens
+    if replicated:
+        positions, segments = jnp.arange(63, dtype=jnp.int32)[None], jnp.zeros((1, 63), jnp.int32)
+        loss = lambda x, slopes: (self_attention(x, *everyone(positions, segments, 8), slopes) ** 2).sum()
+        want = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, slopes)
+    mesh = jax.make_mesh((4, 2), ("rows", "unused"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    P = jax.sharding.PartitionSpec
+
+    def local(x, positions, segments, slopes):
+        if replicated:
+            positions, segments = everyone(positions, segments, len(x))
+        return self_attention(x, positions, segments, slopes)
+
+    spec = P() if replicated else P("rows")
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("rows"), spec, spec, P()), out_specs=P("rows"), check_vma=True
+    )
+    loss = lambda x, slopes: (sharded(x, positions, segments, slopes) ** 2).sum()
+    assert_same(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, slopes), want, 2e-6)
+
+
+def everyone(positions, segments, B):
+    return jnp.broadcast_to(positions, (B, 63)), jnp.broadcast_to(segments, (B, 63))
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def temporary_bytes(attention, T, H=8, C=64):
+    """Compiled temporary memory of forward and backward. Nothing runs."""
+    x = jax.ShapeDtypeStruct((1, T, H, C), jnp.float32)
+    positions = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def loss(q, k, v, positions):
+        return attention(q, k, v, mask=causal(), q_positions=positions, k_positions=positions)[0].sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, positions).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_a_sixteenth_of_dense_and_linear():
+    half, whole = temporary_bytes(blockwise, 16384), temporary_bytes(blockwise, 32768)
+    assert 16 * whole <= temporary_bytes(dense, 32768)
+    assert whole <= 2.1 * half
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
+def test_masks_of_scanned_layers_stay_tiles(remat):
+    """Positions are the same in every layer, so scanning could hoist and stack what is made from them alone."""
+
+    def sizes(T):
+        positions = jnp.arange(T, dtype=jnp.int32)[None]
+
+        def layer(x, w):
+            return self_attention(x @ w, positions, positions // 50, jnp.ones(4)), None
+
+        def loss(ws, x):
+            return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, ws)[0].sum()
+
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((3, 16, 16)), jnp.ones((1, T, 4, 16))))
+        largest = lambda kind: max(
+            math.prod(map(int, shape.split(","))) for shape in re.findall(kind + r"\[([\d,]+)\]", jaxpr)
+        )
+        return largest("bool"), largest("i32")
+
+    (masks, _), (longer_masks, integers) = sizes(192), sizes(384)
+    assert masks == longer_masks == 4 * 16 * 24
+    assert integers <= max(384, 16 * 24)  # a table of tiles would hold 24 * 16 a layer, and grow by four
+
+
+def test_saved_by_name_the_forward_loop_runs_once():
+    x, positions = jnp.ones((1, 63, 4, 16)), jnp.arange(63, dtype=jnp.int32)[None]
+    layer = lambda x: self_attention(x, positions, positions, jnp.ones(4))
+
+    def loops(policy):
+        loss = lambda x: jax.checkpoint(layer, policy=policy)(x).sum()
+        return len(re.findall(r"\bwhile\[", str(jax.make_jaxpr(jax.grad(loss))(x))))
+
+    names = jax.checkpoint_policies.save_only_these_names("attend_out", "attend_lse")
+    assert loops(names) == 2
+    assert loops(None) == 3
