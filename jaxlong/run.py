@@ -25,7 +25,7 @@ from jaxlong.train.grads import accumulated, next_token_loss
 from jaxlong.train.hooks import Checkpoints, JsonLines, Profile, Progress, TensorBoard
 from jaxlong.train.loop import Hook, fit
 from jaxlong.train.optim import learning_rate, make_optimizer
-from jaxlong.train.state import TrainState, abstract_state, state_shardings
+from jaxlong.train.state import TrainState, abstract_state, leaf_name, state_shardings
 from jaxlong.train.step import make_step
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ def train(
     validate(experiment, jax.device_count())
     check_resumable(experiment, workdir)
     model, recipe = experiment.model, experiment.train
+    if params is not None:
+        check_params(model, params)
     stream = batches(
         experiment.data, seed=experiment.seed, process_index=jax.process_index(), process_count=jax.process_count()
     )
@@ -107,6 +109,17 @@ def train(
         finally:
             stream.close()
     return state.params
+
+
+def check_params(model: LM, params: Any) -> None:
+    """Refuse parameters that are not the model's, by the first leaf that differs."""
+    wanted = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = lambda tree: {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    here, there = shapes(wanted), shapes(params)
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            why = f"the parameters given have {there.get(name, 'none')}"
+            raise BadInput(f"model.{name}", here.get(name, "none"), why, "the architecture that was trained")
 
 
 def _hooks(experiment: Experiment, workdir: Path, title: str) -> Iterator[Hook]:
@@ -224,6 +237,7 @@ def assess(
         tokens: of text to score, from the first documents that are as long as the longest window.
         progress: called with (samples done, samples in all).
     """
+    check_params(experiment.model, params)
     plan, data = experiment.evaluation, experiment.data
     longest = max(plan.lengths, default=data.length)
     runner = Runner(experiment.model, params, data.tokenizer, bucket=min(longest, 512), max_batch=64)

@@ -21,6 +21,8 @@ from jaxlong.inference.sampler import GREEDY, Sampler
 
 PAD, REAL = 0, 1
 """Segment ids."""
+NEVER = -1
+"""An end that no token is."""
 
 
 @runtime_checkable
@@ -63,8 +65,8 @@ def generate(
     """
     tokens, lengths = check_prompts(model.vocab, tokens, lengths)
     _check_sizes(max_new, chunk)
-    sizes = {"max_new": max_new, "eos": eos, "chunk": chunk, "dtype": dtype}
-    return _generate(model, sampler, params, tokens, lengths, key, **sizes)
+    end = NEVER if eos is None else eos
+    return _generate(model, sampler, params, tokens, lengths, key, end, max_new=max_new, chunk=chunk, dtype=dtype)
 
 
 def stream(
@@ -111,7 +113,7 @@ def _check_sizes(max_new: int, chunk: int | None) -> None:
             raise BadInput(name, value, "must be positive", "1 or more")
 
 
-@partial(jax.jit, static_argnames=("model", "sampler", "max_new", "eos", "chunk", "dtype"))
+@partial(jax.jit, static_argnames=("model", "sampler", "max_new", "chunk", "dtype"))
 def _generate(
     model: Model,
     sampler: Sampler,
@@ -119,15 +121,15 @@ def _generate(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     key: Array,
+    eos: Int[Array, ""] | int,
     *,
     max_new: int,
-    eos: int | None,
     chunk: int | None,
     dtype: Any,
 ) -> Int[Array, "B N"]:
     state = _prefill(model, params, tokens, lengths, max_new, chunk, dtype)
     rows = jnp.arange(len(tokens))
-    new = jnp.full((len(tokens), max_new), 0 if eos is None else eos, jnp.int32)
+    new = jnp.full((len(tokens), max_new), eos, jnp.int32)
 
     def running(carry: tuple) -> Array:
         step, *_, done = carry
@@ -136,9 +138,8 @@ def _generate(
     def advance(carry: tuple) -> tuple:
         step, state, token, new, done = carry
         made, state = _step(model, sampler, params, state, token, lengths - 1 + step, jax.random.fold_in(key, step))
-        made = jnp.where(done, new[:, 0] if eos is None else eos, made)
-        new = new.at[:, step].set(made)
-        return step + 1, state, made, new, done if eos is None else done | (made == eos)
+        made = jnp.where(done, eos, made)
+        return step + 1, state, made, new.at[:, step].set(made), done | (made == eos)
 
     done = jnp.zeros(len(tokens), bool)
     carry = (jnp.int32(0), state, tokens[rows, lengths - 1], new, done)

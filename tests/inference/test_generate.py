@@ -8,54 +8,54 @@ from toy_models import VOCAB, Bigram, greedy, model
 
 from jaxlong.core.types import BadInput
 from jaxlong.inference import Sample, generate, stream
-from jaxlong.inference.generate import _prefill
+from jaxlong.inference.generate import _generate, _prefill
 
 KEY = jax.random.key(0)
 PROMPTS = np.random.default_rng(0).integers(0, VOCAB, (3, 9))
 
 
-@pytest.mark.parametrize(
-    ("name", "length", "chunk"),
-    [("full", 9, None), ("full", 9, 3), ("full", 1, None), ("window", 9, 4), ("window", 2, None), ("window", 1, 2)],
-)
-def test_greedy_equals_whole_forward_passes(name, length, chunk):
-    lm, params = model(name)
+@pytest.mark.parametrize(("length", "chunk"), [(9, None), (9, 3), (1, None)])
+def test_greedy_equals_whole_forward_passes(length, chunk):
+    lm, params = model()
     prompts = PROMPTS[:, :length]
     got = generate(lm, params, prompts, max_new=8, key=KEY, chunk=chunk)
     assert got.shape == (3, 8) and got.dtype == jnp.int32
     assert np.asarray(got).tolist() == [greedy(lm, params, row, 8) for row in prompts.tolist()]
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("full", None), ("window", 4)])
-def test_ragged_batch_equals_single_rows(name, chunk):
-    lm, params = model(name)
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_ragged_batch_equals_single_rows(chunk):
+    lm, params = model()
     lengths = [9, 1, 4]
-    got = np.asarray(generate(lm, params, PROMPTS, max_new=6, key=KEY, lengths=lengths, chunk=chunk))
+    got = np.asarray(generate(lm, params, PROMPTS, max_new=8, key=KEY, lengths=lengths, chunk=chunk))
     for row, prompt, length in zip(got, PROMPTS, lengths, strict=True):
-        assert row.tolist() == greedy(lm, params, prompt[:length].tolist(), 6)
+        assert row.tolist() == greedy(lm, params, prompt[:length].tolist(), 8)
 
 
 def test_what_stands_after_a_prompt_does_not_matter():
-    lm, params = model("full")
+    lm, params = model()
     other = PROMPTS.copy()
     other[1, 4:] = 999_999  # not even an id
-    runs = [generate(lm, params, p, max_new=5, key=KEY, lengths=[9, 4, 9]) for p in (PROMPTS, other)]
+    runs = [generate(lm, params, p, max_new=8, key=KEY, lengths=[9, 4, 9]) for p in (PROMPTS, other)]
     np.testing.assert_array_equal(*runs)
 
 
-@pytest.mark.parametrize("sampler", [None, Sample(temperature=2.0, top_k=6)])
-def test_stream_gives_the_same_tokens_one_by_one(sampler):
-    lm, params = model("full")
-    arguments = {"max_new": 7, "key": jax.random.key(5)} | ({} if sampler is None else {"sampler": sampler})
-    whole = np.asarray(generate(lm, params, PROMPTS[:1], **arguments))[0].tolist()
-    assert list(stream(lm, params, PROMPTS[0], **arguments)) == whole
-    eos = whole[3]
-    cut = whole[: whole.index(eos) + 1]
-    assert list(stream(lm, params, PROMPTS[0], eos=eos, chunk=3, **arguments)) == cut
+SAMPLE = Sample(temperature=2.0, top_k=6)
+
+
+def test_stream_gives_the_same_tokens_one_by_one():
+    lm, params = model()
+    greedily = np.asarray(generate(lm, params, PROMPTS, max_new=8, key=KEY))[0].tolist()
+    assert list(stream(lm, params, PROMPTS[0], max_new=8, key=KEY)) == greedily
+    arguments = {"max_new": 8, "key": jax.random.key(5), "sampler": SAMPLE}
+    sampled = np.asarray(generate(lm, params, PROMPTS[:1], **arguments))[0].tolist()
+    assert list(stream(lm, params, PROMPTS[0], **arguments)) == sampled
+    eos = sampled[3]
+    assert list(stream(lm, params, PROMPTS[0], eos=eos, **arguments)) == sampled[: sampled.index(eos) + 1]
 
 
 def test_rows_are_filled_after_eos():
-    lm, params = model("full")
+    lm, params = model()
     free = np.asarray(generate(lm, params, PROMPTS, max_new=8, key=KEY))
     eos = int(free[0, 2])
     got = np.asarray(generate(lm, params, PROMPTS, max_new=8, key=KEY, eos=eos))
@@ -65,8 +65,8 @@ def test_rows_are_filled_after_eos():
 
 
 def test_randomness_is_the_key():
-    lm, params = model("full")
-    run = lambda key: np.asarray(generate(lm, params, PROMPTS, max_new=8, key=key, sampler=Sample(3.0))).tolist()
+    lm, params = model()
+    run = lambda key: np.asarray(generate(lm, params, PROMPTS[:1], max_new=8, key=key, sampler=SAMPLE)).tolist()
     assert run(KEY) == run(KEY) != run(jax.random.key(1))
 
 
@@ -93,17 +93,13 @@ def test_prefill_marks_padding_and_leaves_room(chunk, pushed):
 
 
 def test_compiles_once_a_shape():
-    from jaxlong.inference.generate import _generate
-
-    lm, params = model("full")
-    run = lambda rows, length: generate(lm, params, PROMPTS[:rows, :length], max_new=3, key=KEY, lengths=[1] * rows)
-    run(2, 5)
+    lm, params = model()
+    generate(lm, params, PROMPTS, max_new=8, key=KEY)
     before = _generate._cache_size()
     for seed in range(3):
-        generate(lm, params, (PROMPTS[:2, :5] + seed) % VOCAB, max_new=3, key=jax.random.key(seed), lengths=[2, 5])
+        prompts = (PROMPTS + seed) % VOCAB
+        generate(lm, params, prompts, max_new=8, key=jax.random.key(seed), lengths=[2, 5, 1 + seed], eos=seed)
     assert _generate._cache_size() == before
-    run(2, 6)
-    assert _generate._cache_size() == before + 1
 
 
 @pytest.mark.parametrize(
@@ -123,7 +119,7 @@ def test_compiles_once_a_shape():
     ],
 )
 def test_bad_input(changes, field):
-    lm, params = model("full")
+    lm, params = model()
     arguments = {"tokens": PROMPTS, "max_new": 2, "key": KEY} | changes
     with pytest.raises(BadInput) as error:
         generate(lm, params, arguments.pop("tokens"), **arguments)
@@ -131,7 +127,7 @@ def test_bad_input(changes, field):
 
 
 def test_stream_refuses_before_the_first_token():
-    lm, params = model("full")
+    lm, params = model()
     for tokens, max_new in ([], 3), ([VOCAB], 3), ([1], 0):
         with pytest.raises(BadInput):
             stream(lm, params, np.asarray(tokens, int), max_new=max_new, key=KEY)
