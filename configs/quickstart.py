@@ -71,7 +71,10 @@ def tuning(scaling) -> Experiment:
             ),
         ),
         train=Train(
-            steps=50, optimizer=AdamW(b2=0.98, weight_decay=0.05), schedule=WSD(peak=1e-3, warmup=1, decay=49), save_every=50
+            steps=50,
+            optimizer=AdamW(b2=0.98, weight_decay=0.05),
+            schedule=WSD(peak=1e-3, warmup=1, decay=49),
+            save_every=50,
         ),
         evaluation=base.evaluation,
         seed=1,

@@ -17,7 +17,9 @@ from jaxlong.data import describe
 
 def experiment_flags(values: flags.FlagValues, config: str | None = None) -> None:
     """Define --config and --mesh, as `pretrain` and its kin take them."""
-    flags.DEFINE_string("config", config, "Python file of an experiment; --config.path.to.field=value", flag_values=values)
+    flags.DEFINE_string(
+        "config", config, "Python file of an experiment; --config.path.to.field=value", flag_values=values
+    )
     flags.DEFINE_string("mesh", None, "shorthand of --config.mesh: data=2,fsdp=2,seq=2", flag_values=values)
 
 

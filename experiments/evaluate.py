@@ -31,7 +31,9 @@ def main(overrides) -> None:
     loaded = run.load(source)
     experiment = cli.apply_overrides(loaded.experiment, None, overrides)
     check_workdir(out)
-    results = run.assess(experiment, loaded.params, tokens=FLAGS.tokens, seed=FLAGS.seed, progress=cli.progress("evaluate"))
+    results = run.assess(
+        experiment, loaded.params, tokens=FLAGS.tokens, seed=FLAGS.seed, progress=cli.progress("evaluate")
+    )
     out.mkdir(parents=True, exist_ok=True)
     run.write_report(results, out, trained=experiment.data.length)
     sys.stdout.write((out / "report.md").read_text() + f"\nwritten to {out}\n")

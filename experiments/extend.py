@@ -2,8 +2,8 @@
 
     python -m experiments.extend --from=runs/tiny --workdir=runs/tiny-yarn --factor=4 --steps=100
 
-The checkpoint folder knows the experiment; its data is taken at `factor` times the length with as many
-tokens a batch. Fields of the new experiment can be set as `--config.path.to.field=value`.
+The checkpoint folder knows the experiment; its data is taken at `factor` times the length with about as
+many tokens a batch. Fields of the new experiment can be set as `--config.path.to.field=value`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ def main(overrides) -> None:
         raise BadInput("method", FLAGS.method, "no such scaling", f"one of {', '.join(METHODS)}")
     if FLAGS.steps < 1:
         raise BadInput("steps", FLAGS.steps, "nothing to train", "1 or more")
+    import jax
+
     from jaxlong import run
     from jaxlong.model import extend
-    from jaxlong.parallel.mesh import init_distributed
+    from jaxlong.parallel.mesh import init_distributed, parse_mesh
     from jaxlong.train.optim import Cosine
 
     init_distributed()
@@ -49,12 +51,16 @@ def main(overrides) -> None:
     base, length = loaded.experiment, loaded.experiment.data.length
     factor = FLAGS.factor
     scaling = METHODS[FLAGS.method](factor, length)
-    longer = replace(base.data, length=round(factor * length), batch=max(1, round(base.data.batch / factor)))
+    mesh = parse_mesh(base.mesh if FLAGS.mesh is None else FLAGS.mesh, jax.device_count())
+    rows = mesh["data"] * mesh["fsdp"] * base.train.accumulation
+    batch = max(rows, round(base.data.batch / factor / rows) * rows)
+    longer = replace(base.data, length=round(factor * length), batch=batch)
     peak = getattr(base.train.schedule, "peak", 1e-3) / 3
     schedule = Cosine(peak=peak, warmup=max(1, FLAGS.steps // 10))
     recipe = replace(base.train, steps=FLAGS.steps, schedule=schedule)
     experiment = replace(base, model=extend(base.model, scaling), data=longer, train=recipe, seed=base.seed + 1)
     experiment = cli.apply_overrides(experiment, FLAGS, overrides)
+    run.check(experiment, workdir, loaded.params)
     cli.show(experiment)
     run.train(experiment, workdir, params=loaded.params, title="extend")
 

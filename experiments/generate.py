@@ -1,6 +1,6 @@
 """Continue a prompt with a trained model, token by token.
 
-    python -m experiments.generate --from=runs/tiny --prompt="def main(" --max_new=200 --temperature=0.7
+python -m experiments.generate --from=runs/tiny --prompt="def main(" --max_new=200 --temperature=0.7
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ flags.DEFINE_integer("seed", 0, "of the sampling", flag_values=FLAGS)
 
 def main(overrides) -> None:
     if overrides:
-        raise BadInput(f"config.{overrides[0][0]}", overrides[0][1], "generate takes no overrides", "the flags of --help")
+        raise BadInput(
+            f"config.{overrides[0][0]}", overrides[0][1], "generate takes no overrides", "the flags of --help"
+        )
     source = cli.required(FLAGS, "from", "--from=runs/name")
     prompt = cli.required(FLAGS, "prompt", "--prompt='some text'")
     import jax

@@ -27,6 +27,7 @@ def main(overrides) -> None:
     from jaxlong.parallel.mesh import init_distributed
 
     init_distributed(timeout=FLAGS.init_timeout)
+    run.check(experiment, workdir)
     cli.show(experiment)
     run.train(experiment, workdir)
 

@@ -57,7 +57,9 @@ class Clock:
 
 def main(overrides) -> None:
     if overrides:
-        raise BadInput(f"config.{overrides[0][0]}", overrides[0][1], "quickstart takes no overrides", "experiments.pretrain")
+        raise BadInput(
+            f"config.{overrides[0][0]}", overrides[0][1], "quickstart takes no overrides", "experiments.pretrain"
+        )
     out, started = Path(FLAGS.out), time.monotonic()
     check_workdir(out)
     if out.exists() and any(out.iterdir()):
@@ -96,7 +98,9 @@ def write(results: Results, base: Experiment, out: Path, seconds: float) -> str:
     report.save(report.loss_curve(curves(out), title="Training loss"), out / "loss.png")
     panels = {"before: plain RoPE": tables[before], "after: YaRN, 50 steps of tuning": tables[after]}
     report.save(report.heat_maps(panels, trained=LENGTH, title="Needles found"), out / "needle.png")
-    report.save(report.perplexity_by_window(losses, trained=LENGTH, title="Held-out perplexity"), out / "perplexity.png")
+    report.save(
+        report.perplexity_by_window(losses, trained=LENGTH, title="Held-out perplexity"), out / "perplexity.png"
+    )
 
     checks = verdicts(tables, losses)
     text = "\n".join(
@@ -105,7 +109,7 @@ def write(results: Results, base: Experiment, out: Path, seconds: float) -> str:
             f"{run.count_params(base.model):,} parameters, pretrained at {LENGTH} tokens on the standard library's source,"
             f" extended to {LONG}. {seconds:.0f} s in all.\n",
             report.markdown_table(["figure", "measured", "wanted", ""], [[*map(str, check)] for check in checks]),
-            "Needle accuracy in percent, by length in tokens; \"far\" counts needles farther than"
+            'Needle accuracy in percent, by length in tokens; "far" counts needles farther than'
             f" {LENGTH} tokens from the question. Perplexity of held-out text, by window.\n",
             comparison(tables, losses),
             "![needles found](needle.png)\n",

@@ -149,7 +149,9 @@ def build(kind: Any, arguments: Mapping[str, Any], path: str) -> Any:
     try:
         return cls(**arguments)
     except TypeError as error:
-        raise BadInput(path, kind, str(error).split("__init__() ")[-1], f"fields: {', '.join(field_names(cls))}") from None
+        raise BadInput(
+            path, kind, str(error).split("__init__() ")[-1], f"fields: {', '.join(field_names(cls))}"
+        ) from None
 
 
 def field_names(cls: Any) -> list[str]:
@@ -193,7 +195,11 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def describe_type(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else str(hint).replace("typing.", "")
+    return (
+        hint.__name__
+        if isinstance(hint, type) and typing.get_origin(hint) is None
+        else str(hint).replace("typing.", "")
+    )
 
 
 # Overrides ----------------------------------------------------------------------------------------------
@@ -216,9 +222,13 @@ def _replace(node: Any, path: list[str], text: str, full: str, here: str) -> Any
     name, rest = path[0], path[1:]
     if isinstance(node, tuple):
         if not name.isdigit() or int(name) >= len(node):
-            raise BadInput(full, text, f"{here} has no item '{name}'", f"0 to {len(node) - 1}" if node else "it is empty")
+            raise BadInput(
+                full, text, f"{here} has no item '{name}'", f"0 to {len(node) - 1}" if node else "it is empty"
+            )
         index = int(name)
-        item = _replace(node[index], rest, text, full, f"{here}.{name}") if rest else parse(text, full, type(node[index]))
+        item = (
+            _replace(node[index], rest, text, full, f"{here}.{name}") if rest else parse(text, full, type(node[index]))
+        )
         return (*node[:index], item, *node[index + 1 :])
     if not dataclasses.is_dataclass(node):
         raise BadInput(full, text, f"{here} is {node!r} and has no fields", "a shorter path")
@@ -238,6 +248,8 @@ def parse(text: str, path: str, hint: Any = Any) -> Any:
         return text  # a field of strings takes the word as it stands
     try:
         value = _literal(ast.parse(text.strip(), mode="eval").body, path)
+    except BadInput:
+        raise
     except (SyntaxError, ValueError):
         value = text
     value = float(value) if hint is float and isinstance(value, int) and not isinstance(value, bool) else value
@@ -286,17 +298,23 @@ def validate(experiment: Experiment, devices: int) -> dict[str, int]:
         raise BadInput("model.vocab", model.vocab, why, f"{data.tokenizer.vocab_size} or more")
     rows = mesh["data"] * mesh["fsdp"]
     if data.batch % train.accumulation:
-        raise BadInput("train.accumulation", train.accumulation, f"does not divide data.batch = {data.batch}", "a divisor")
+        raise BadInput(
+            "train.accumulation", train.accumulation, f"does not divide data.batch = {data.batch}", "a divisor"
+        )
     if data.batch // train.accumulation % rows:
         why = f"{data.batch // train.accumulation} rows a micro-batch do not split over data * fsdp = {rows}"
         raise BadInput("data.batch", data.batch, why, f"a multiple of {rows * train.accumulation}")
     if data.length % mesh["seq"]:
-        raise BadInput("data.length", data.length, f"does not split over seq = {mesh['seq']}", f"a multiple of {mesh['seq']}")
+        raise BadInput(
+            "data.length", data.length, f"does not split over seq = {mesh['seq']}", f"a multiple of {mesh['seq']}"
+        )
     for i, mixer in enumerate(model.pattern):
         for name in ("heads", "kv_heads"):
             if getattr(mixer, name, 0) % mesh["tensor"]:
                 why = f"does not split over tensor = {mesh['tensor']}"
-                raise BadInput(f"model.pattern.{i}.{name}", getattr(mixer, name), why, f"a multiple of {mesh['tensor']}")
+                raise BadInput(
+                    f"model.pattern.{i}.{name}", getattr(mixer, name), why, f"a multiple of {mesh['tensor']}"
+                )
     return mesh
 
 

@@ -30,7 +30,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, state: State
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        state: State,
     ) -> tuple[Float[Array, "B T D"], State]:
         normed = RMSNorm(name="mixer_norm")(x)
         y, state = self.mixer(normed, positions=positions, segment_ids=segment_ids, state=state)
@@ -103,7 +107,9 @@ class LM(nn.Module):
         if self.depth % len(self.pattern):
             period = len(self.pattern)
             near = max(period, round(self.depth / period) * period)
-            raise BadInput("model.depth", self.depth, f"no multiple of the pattern's length {period}", f"nearest: {near}")
+            raise BadInput(
+                "model.depth", self.depth, f"no multiple of the pattern's length {period}", f"nearest: {near}"
+            )
         if self.dtype not in DTYPES:
             raise BadInput("model.dtype", self.dtype, "no floating type of activations", f"one of {', '.join(DTYPES)}")
         if self.mlp_block < 0:
@@ -128,7 +134,11 @@ class LM(nn.Module):
             out_axes=0,
             length=self.groups,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(tuple(m.clone(parent=None, name=None) for m in self.pattern), self.mlp.clone(parent=None, name=None), self.mlp_block)
+        )(
+            tuple(m.clone(parent=None, name=None) for m in self.pattern),
+            self.mlp.clone(parent=None, name=None),
+            self.mlp_block,
+        )
         self.norm = RMSNorm()
         if not self.tied:
             kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
@@ -203,7 +213,9 @@ def extend(model: LM, scaling: Scaling) -> LM:
         BadInput: no mixer of the pattern rotates.
     """
     if not any(isinstance(getattr(mixer, "position", None), Rope) for mixer in model.pattern):
-        raise BadInput("model.pattern", [type(m).__name__ for m in model.pattern], "no mixer rotates", "a mixer with Rope")
+        raise BadInput(
+            "model.pattern", [type(m).__name__ for m in model.pattern], "no mixer rotates", "a mixer with Rope"
+        )
     return model.clone(pattern=tuple(_rescale(mixer, scaling) for mixer in model.pattern))
 
 

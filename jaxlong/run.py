@@ -65,11 +65,8 @@ def train(
     Raises:
         BadInput: before compilation, for anything about the experiment or the folder that cannot work.
     """
-    validate(experiment, jax.device_count())
-    check_resumable(experiment, workdir)
+    check(experiment, workdir, params)
     model, recipe = experiment.model, experiment.train
-    if params is not None:
-        check_params(model, params)
     stream = batches(
         experiment.data, seed=experiment.seed, process_index=jax.process_index(), process_count=jax.process_count()
     )
@@ -109,6 +106,14 @@ def train(
         finally:
             stream.close()
     return state.params
+
+
+def check(experiment: Experiment, workdir: str | Path, params: Any = None) -> None:
+    """All that `train` checks before it reads data. Raises BadInput; changes nothing."""
+    validate(experiment, jax.device_count())
+    check_resumable(experiment, workdir)
+    if params is not None:
+        check_params(experiment.model, params)
 
 
 def check_params(model: LM, params: Any) -> None:
@@ -270,7 +275,9 @@ def long_documents(data: Data, source: Sequence[str], *, length: int, tokens: in
         if len(ids) >= length:
             documents.append(ids)
     if not documents:
-        raise BadInput("evaluation.lengths", length, "no document of the text is so long", "shorter lengths, or longer text")
+        raise BadInput(
+            "evaluation.lengths", length, "no document of the text is so long", "shorter lengths, or longer text"
+        )
     return documents
 
 
@@ -280,13 +287,19 @@ def write_report(results: Results, out: Path, *, trained: int) -> None:
     results.save(out / "results.jsonl")
     parts = ["# Evaluation\n"]
     if len(results.samples):
-        parts += ["Accuracy in percent, with 95 % intervals, by length in tokens.\n", report.accuracy_markdown({"": results.samples})]
+        parts += [
+            "Accuracy in percent, with 95 % intervals, by length in tokens.\n",
+            report.accuracy_markdown({"": results.samples}),
+        ]
         if any(record.depth is not None for record in results.samples.records):
             report.save(report.heat_maps({"": results.samples}, trained=trained), out / "needle.png")
             parts.append("![accuracy by length and depth](needle.png)\n")
     if results.losses:
         rows = [[loss.window, loss.stride, f"{loss.perplexity:.3f}", loss.tokens] for loss in results.losses]
-        parts += ["Sliding-window perplexity.\n", report.markdown_table(["window", "stride", "perplexity", "tokens"], rows)]
+        parts += [
+            "Sliding-window perplexity.\n",
+            report.markdown_table(["window", "stride", "perplexity", "tokens"], rows),
+        ]
         report.save(report.perplexity_by_window({"": results.losses}, trained=trained), out / "perplexity.png")
         report.save(report.loss_by_position({"": results.positions}, trained=trained), out / "position.png")
         parts.append("![perplexity by window](perplexity.png) ![loss by position](position.png)\n")

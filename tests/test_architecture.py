@@ -90,7 +90,17 @@ def calls(tree: ast.AST) -> list[str]:
     return [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
-COLLECTIVES = {"shard_map", "psum", "pmean", "pmax", "ppermute", "all_gather", "all_to_all", "psum_scatter", "axis_index"}
+COLLECTIVES = {
+    "shard_map",
+    "psum",
+    "pmean",
+    "pmax",
+    "ppermute",
+    "all_gather",
+    "all_to_all",
+    "psum_scatter",
+    "axis_index",
+}
 FORBIDDEN = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "np.load", "os.system"}
 
 

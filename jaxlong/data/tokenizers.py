@@ -136,11 +136,17 @@ class HuggingFace:
             the file, else the first of the usual names that the vocabulary has.
 
     Raises:
-        BadInput: at first use, when the package, the file or the end token is missing.
+        BadInput: no such file; at first use, when the package or the end token is missing.
     """
 
     path: str
     eos_token: str = ""
+
+    def __post_init__(self) -> None:
+        if not self._file.is_file():
+            raise BadInput(
+                "HuggingFace.path", self.path, "no such file", "a tokenizer.json, or a folder that holds one"
+            )
 
     def encode(self, text: str) -> Int[np.ndarray, "n"]:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -183,10 +189,6 @@ class HuggingFace:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        if not self._file.is_file():
-            raise BadInput(
-                "HuggingFace.path", self.path, "no such file", "a tokenizer.json, or a folder that holds one"
-            )
         try:
             import tokenizers
         except ImportError:

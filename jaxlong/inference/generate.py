@@ -137,7 +137,7 @@ def _generate(
 
     def advance(carry: tuple) -> tuple:
         step, state, token, new, done = carry
-        made, state = _step(model, sampler, params, state, token, lengths - 1 + step, jax.random.fold_in(key, step))
+        made, state = _step(model, sampler, params, state, token, lengths, step, key)
         made = jnp.where(done, eos, made)
         return step + 1, state, made, new.at[:, step].set(made), done | (made == eos)
 
@@ -159,11 +159,10 @@ def _stream(
     dtype: Any,
 ) -> Iterator[int]:
     state = _prefill_jit(model, params, tokens, lengths, max_new=max_new, chunk=chunk, dtype=dtype)
-    token = jnp.asarray(tokens[:, -1])
+    token = tokens[:, -1]
     for step in range(max_new):
-        position = jnp.asarray(lengths - 1 + step)
-        token, state = _step_jit(model, sampler, params, state, token, position, jax.random.fold_in(key, step))
-        made = int(token[0])
+        token, state = _step_jit(model, sampler, params, state, token, lengths, step, key)
+        made = int(np.asarray(token)[0])
         yield made
         if made == eos:
             return
@@ -205,12 +204,20 @@ def _align(tokens: Int[Array, "B T"], lengths: Int[Array, "B"], width: int) -> t
 
 
 def _step(
-    model: Model, sampler: Sampler, params: Any, state: State, token: Int[Array, "B"], position: Array, key: Array
+    model: Model,
+    sampler: Sampler,
+    params: Any,
+    state: State,
+    token: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    step: Int[Array, ""],
+    key: Array,
 ) -> tuple[Int[Array, "B"], State]:
-    """Feed one token of each row, and choose the next."""
-    sequence = {"positions": position[:, None], "segment_ids": jnp.full((len(token), 1), REAL, jnp.int32)}
+    """Feed one token of each row, the last of its prompt at step 0, and choose the next."""
+    positions = (lengths - 1 + step)[:, None]
+    sequence = {"positions": positions, "segment_ids": jnp.full_like(positions, REAL)}
     logits, state = model.apply({"params": params}, token[:, None], **sequence, state=state)
-    return sampler(logits[:, -1], key), state
+    return sampler(logits[:, -1], jax.random.fold_in(key, step)), state
 
 
 _prefill_jit = partial(jax.jit, static_argnames=("model", "max_new", "chunk", "dtype"))(_prefill)

@@ -108,7 +108,12 @@ class GQA(nn.Module):
         if self.gate:
             o *= jax.nn.sigmoid(jnp.einsum("btd,dhc->bthc", x, self._in("wg", x, self.heads)))
         wo = projection(
-            self, "wo", (self.heads, self.head_dim, x.shape[-1]), ("heads", "head_dim", "embed"), inputs=2, dtype=x.dtype
+            self,
+            "wo",
+            (self.heads, self.head_dim, x.shape[-1]),
+            ("heads", "head_dim", "embed"),
+            inputs=2,
+            dtype=x.dtype,
         )
         y = jnp.einsum("bthc,hcd->btd", o, wo)
         return y, cache if tail is None or state is None else (cache, tail)
@@ -131,13 +136,20 @@ class GQA(nn.Module):
             qk = jnp.concatenate([q, k], axis=2)
             flat = qk.reshape(*qk.shape[:2], -1)
             kernel = self.param(
-                "conv", nn.with_logical_partitioning(_identity_conv, (None, None)), (self.conv, flat.shape[-1]), jnp.float32
+                "conv",
+                nn.with_logical_partitioning(_identity_conv, (None, None)),
+                (self.conv, flat.shape[-1]),
+                jnp.float32,
             )
             flat, tail = short_conv(flat, kernel, segments, None if state is None else state[1])
             q, k = jnp.split(flat.reshape(qk.shape), [self.heads], axis=2)
         if self.qk_norm:
-            q = _head_norm(q, self._vector("q_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones))
-            k = _head_norm(k, self._vector("k_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones))
+            q = _head_norm(
+                q, self._vector("q_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones)
+            )
+            k = _head_norm(
+                k, self._vector("k_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones)
+            )
         return q, k, v, tail
 
     def _in(self, name: str, x: Array, heads: int) -> Array:
@@ -155,7 +167,6 @@ class GQA(nn.Module):
             return cache
         channels = (self.heads + self.kv_heads) * self.head_dim
         return cache, ConvTail.empty(batch, self.conv, channels, dtype)
-
 
     def state_bytes(self, batch: int, max_len: int, *, width: int, max_chunk: int, itemsize: int) -> int:
         """Bytes of the state by the formula above (segments and positions are int32; one counter)."""

@@ -20,7 +20,7 @@ from jaxlong.ops.dense import dense
 from jaxlong.parallel.allgather import Meta, auto_mesh, sequence_attention
 
 KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"dense": dense, "blockwise": blockwise}
-"""Implementations by name. All take the arguments of `dense`; one raises NotImplementedError for what it cannot take."""
+"""Implementations by name. All take the arguments of `dense`, or raise NotImplementedError for what they cannot take."""
 
 SEQUENCES = ("auto", "none", "all_gather")
 
@@ -33,7 +33,9 @@ _log = logging.getLogger(__name__)
 def _known(field: str, name: object, names: tuple[str, ...]) -> None:
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=1)
-        raise BadInput(field, name, "no such name", f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}")
+        raise BadInput(
+            field, name, "no such name", f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def attend(
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
-    backend: Backend = Backend(),  # noqa: B008  frozen
+    backend: Backend = Backend(),
 ) -> Float[Array, "B T H V"]:
     """Softmax attention: `attend_with_lse` without the lse."""
     return attend_with_lse(
@@ -115,7 +117,7 @@ def attend_with_lse(
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
-    backend: Backend = Backend(),  # noqa: B008  frozen
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Softmax attention over the keys that a query sees, and the log of each softmax denominator.
 

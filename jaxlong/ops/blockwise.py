@@ -139,7 +139,7 @@ def _attention_fwd(static, floats, ints):
 def _forward(static: _Static, floats: _Floats, ints: _Ints):
     """Attention by blocks of queries, each over its active blocks of keys."""
     queries, keys, side = _layout(static, floats, ints)
-    (B, T, H, _), V = floats.q.shape, floats.v.shape[-1]
+    T, V = floats.q.shape[1], floats.v.shape[-1]
     reaches = _active(static.mask, keys)
     wide = accumulator(floats.q.dtype)
 
@@ -176,7 +176,7 @@ def _attention_bwd(static: _Static, residuals, cotangents):
     """Gradients in one pass over blocks of queries; those of keys accumulate in float32 as the pass goes on."""
     floats, ints, out, lse = residuals
     queries, keys, side = _layout(static, floats, ints)
-    (B, T, H, _), (S, K) = floats.q.shape, floats.k.shape[1:3]
+    (T, H), (S, K) = floats.q.shape[1:3], floats.k.shape[1:3]
     wide = accumulator(floats.q.dtype)
     by_query = lambda x: _heads_first(_blocks(x, static.block_q), K)
     dout, dlse = cotangents

@@ -33,7 +33,7 @@ def dense(
     What a query does not see cannot reach it, not even as NaN or infinity: non-finite entries are 0 in every
     contraction, and what makes a visible key (or a query) non-finite travels in its score.
     """
-    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
+    (B, T, H, C), K = q.shape, k.shape[2]
     wide = accumulator(q.dtype)
     by_head = lambda x: x.astype(wide).reshape(K, H // K, 1, 1)
     q, scale = q.reshape(B, T, K, H // K, C), C**-0.5 if scale is None else scale

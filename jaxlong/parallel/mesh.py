@@ -65,7 +65,9 @@ def parse_mesh(spec: str, devices: int) -> dict[str, int]:
             raise BadInput("mesh", spec, f"{known} does not divide {devices} devices", _nearest(known, devices))
         sizes[inferred[0]] = devices // known
     elif known != devices:
-        raise BadInput("mesh", spec, f"multiplies to {known}, but there are {devices} devices", "use -1 to infer a size")
+        raise BadInput(
+            "mesh", spec, f"multiplies to {known}, but there are {devices} devices", "use -1 to infer a size"
+        )
     return {name: sizes.get(name, 1) for name in AXES}
 
 
@@ -81,9 +83,7 @@ def make_mesh(spec: str = "data=-1", devices: Sequence[Any] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     sizes = parse_mesh(spec, len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
@@ -142,9 +142,7 @@ def init_distributed(timeout: int = 300, warn_after: int = 30) -> None:
         BadInput: a variable is missing, or not all processes came in time.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    given = {
-        name: os.environ.get(name) for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    }
+    given = {name: os.environ.get(name) for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
     missing = [name for name, value in given.items() if value is None]
     if jax.distributed.is_initialized():
         return
@@ -161,7 +159,9 @@ def init_distributed(timeout: int = 300, warn_after: int = 30) -> None:
             "process_id": int(given["JAX_PROCESS_ID"]),
         }
     except ValueError:
-        raise BadInput("JAX_PROCESS_ID", f"{given['JAX_PROCESS_ID']} of {given['JAX_NUM_PROCESSES']}", "not integers") from None
+        raise BadInput(
+            "JAX_PROCESS_ID", f"{given['JAX_PROCESS_ID']} of {given['JAX_NUM_PROCESSES']}", "not integers"
+        ) from None
     _initialize(arguments, f"{address} ({given['JAX_NUM_PROCESSES']} processes)", timeout, warn_after)
 
 
@@ -175,7 +175,9 @@ def _launcher() -> bool:
 def _initialize(arguments: dict[str, Any], where: str, timeout: int, warn_after: int) -> None:
     warning = threading.Timer(
         warn_after,
-        lambda: log.warning("still waiting for the other processes at %s: was the script started on every host?", where),
+        lambda: log.warning(
+            "still waiting for the other processes at %s: was the script started on every host?", where
+        ),
     )
     warning.daemon = True
     warning.start()

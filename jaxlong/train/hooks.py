@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -162,7 +163,8 @@ class Progress(Hook):
 
         self.steps = steps
         console = Console(stderr=True)
-        if jax.process_index() == 0 and (console.is_terminal or console.is_jupyter):
+        notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None  # rich draws with it
+        if jax.process_index() == 0 and (console.is_terminal or notebook):
             text = TextColumn("{task.fields[told]}")
             columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn())
             self.bar = Progress(*columns, console=console)

@@ -37,7 +37,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = grad_fn(state.params, batch)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 

@@ -156,18 +156,18 @@ def test_lone_surrogate_is_no_text():
     str(caught.value).encode()
 
 
-def refused(tokenizer) -> str:
+def refused(path: str, eos_token: str = "") -> str:
     with pytest.raises(BadInput) as caught:
-        tokenizer.eos  # noqa: B018
+        HuggingFace(path, eos_token).eos  # noqa: B018
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_huggingface_bad_input(trained, tmp_path, monkeypatch):
-    assert "no such file" in refused(HuggingFace(str(tmp_path / "none")))
-    assert "no such file" in refused(HuggingFace(str(tmp_path)))
+    assert "no such file" in refused(str(tmp_path / "none"))
+    assert "no such file" in refused(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
-    assert "not a tokenizer.json" in refused(HuggingFace(str(tmp_path)))
-    assert "one of <pad>, <stop>, </s>" in refused(HuggingFace(trained, eos_token="<nope>"))
+    assert "not a tokenizer.json" in refused(str(tmp_path))
+    assert "one of <pad>, <stop>, </s>" in refused(trained, eos_token="<nope>")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert 'pip install "jaxlong[hf]"' in refused(HuggingFace(trained))
+    assert 'pip install "jaxlong[hf]"' in refused(trained)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from toy_models import greedy, logits, model
+from toy_models import Sums, greedy, logits, model
 
 from jaxlong.core.types import BadInput
 from jaxlong.evals import LanguageModel, Needle, evaluate, perplexity
@@ -22,7 +22,7 @@ class Ascii:
 
 
 def runner(**changes):
-    return Runner(*model(), Ascii(), **({"max_batch": 4, "bucket": 16} | changes))
+    return Runner(Sums(), Sums().params(), Ascii(), **({"max_batch": 4, "bucket": 16} | changes))
 
 
 PROMPTS = ["a", "bc" * 6, "some words", "b", "def f(x):\n", "c", "x" * 17]
@@ -46,9 +46,10 @@ class Ends(Ascii):
 
 
 def test_text_ends_before_eos():
-    texts = runner().generate(PROMPTS[2:6], 6)
+    lm = runner()
+    texts = lm.generate(PROMPTS[2:6], 6)
     end = texts[0][2]
-    again = Runner(*model(), Ends(ord(end)), max_batch=4, bucket=16).generate(PROMPTS[2:6], 6)
+    again = Runner(lm.model, lm.params, Ends(ord(end)), max_batch=4, bucket=16).generate(PROMPTS[2:6], 6)
     assert again == [text.partition(end)[0] for text in texts]
 
 
@@ -96,7 +97,7 @@ def test_few_compilations():
 
 
 def test_evaluations_run_on_it():
-    lm = runner(max_batch=8, bucket=64)
+    lm = Runner(*model(), Ascii(), max_batch=8, bucket=64)
     table = evaluate(lm, [Needle(("one line\n" * 50,))], [64], samples=5, seed=0)
     assert len(table) == 5 and all(len(record.prediction) <= 3 for record in table.records)
     loss = perplexity(lm, [Ascii().encode("words and words " * 20)], window=32, stride=16)

@@ -145,7 +145,7 @@ def test_causality_bit_for_bit(attention):
 def test_rows_without_keys(attention):
     """Exactly 0 with lse -inf; whatever their cotangent, nothing comes of it."""
     inputs = case("causal", features=ALL)
-    inputs.floats["sinks"] = jnp.full(4, -jnp.inf)
+    inputs.floats["sinks"] = jnp.full(4, -jnp.inf, jnp.float32)
     inputs.ints["q_segments"] = inputs.ints["q_segments"].at[:, 20:30].set(77)
     (_, _), gradients = inputs.run(attention)
     inputs.dout = inputs.dout.at[:, 20:30].set(jnp.nan)

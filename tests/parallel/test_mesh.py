@@ -123,7 +123,9 @@ def test_parameters_and_optimizer_are_sharded(tmp_path):
     model = experiment("").model
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     placed = run.param_shardings(model, mesh)
-    share = [s.shard_shape(leaf.shape) for s, leaf in zip(jax.tree.leaves(placed), jax.tree.leaves(shapes), strict=True)]
+    share = [
+        s.shard_shape(leaf.shape) for s, leaf in zip(jax.tree.leaves(placed), jax.tree.leaves(shapes), strict=True)
+    ]
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert sum(np.prod(shape) for shape in share) < 0.52 * total
 
@@ -133,7 +135,9 @@ def test_parameters_and_optimizer_are_sharded(tmp_path):
 
         def state(self, step, state):
             moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
-            self.fraction = sum(np.prod(m.sharding.shard_shape(m.shape)) for m in moments) / sum(m.size for m in moments)
+            self.fraction = sum(np.prod(m.sharding.shard_shape(m.shape)) for m in moments) / sum(
+                m.size for m in moments
+            )
 
     look = Look()
     run.train(dataclasses.replace(experiment("data=2,fsdp=2,seq=2", 3)), tmp_path / "run", hooks=(look,))

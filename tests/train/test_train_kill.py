@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,9 +21,9 @@ PROGRAM = Path(__file__).with_name("train_toy.py")
 STEPS = 40
 
 
-def start(workdir: Path, milliseconds: int, steps: int = STEPS) -> subprocess.Popen:
+def start(workdir: Path, milliseconds: int, steps: int = STEPS, *job: str) -> subprocess.Popen:
     workdir.mkdir(exist_ok=True)
-    command = [sys.executable, "-W", "error", str(PROGRAM), str(workdir), str(steps), str(milliseconds)]
+    command = [sys.executable, "-W", "error", str(PROGRAM), str(workdir), str(steps), str(milliseconds), *job]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -110,3 +111,26 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, uninterrupted):
     assert 4 < step < STEPS and len(lines) == step
     toy.run(str(tmp_path), STEPS)
     assert outcome(tmp_path) == uninterrupted
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes(tmp_path):
+    """Both stop after the same step, and save it together; each process then holds half of every shard."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [start(tmp_path, 50, STEPS, address, "2", str(index)) for index in range(2)]
+    wait_for_step(tmp_path, 7, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        output = process.communicate()
+        assert process.returncode == 0, output
+        assert "Traceback" not in output[1]
+    step = open_checkpoint(tmp_path).step
+    assert 7 < step < STEPS
+    again = [start(tmp_path, 0, step + 5, address, "2", str(index)) for index in range(2)]
+    for process in again:
+        output = process.communicate()
+        assert process.returncode == 0, output
+    assert open_checkpoint(tmp_path).step == step + 5
+    assert [line["step"] for line in outcome(tmp_path)[3]] == list(range(1, step + 6))

@@ -1,8 +1,8 @@
 """A small language model in plain JAX, batches that know where they are, and a run of both as a program.
 
-    python train_toy.py WORKDIR STEPS [MILLISECONDS]
+    python train_toy.py WORKDIR STEPS MILLISECONDS [ADDRESS PROCESSES INDEX]
 
-trains on eight simulated devices, saving every 3 steps; each step then waits that long, so that a kill
+trains on eight simulated devices in all, saving every 3 steps; each step waits that long, so that a kill
 falls anywhere.
 """
 
@@ -14,7 +14,7 @@ import time
 from functools import cache
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // int((sys.argv[5:] or [1])[0])}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
@@ -155,10 +155,13 @@ class Announce(Hook):
         self.path = f"{workdir}/progress"
 
     def metrics(self, step: int, values: dict) -> None:
-        with open(self.path, "w") as file:
-            file.write(str(step))
+        if jax.process_index() == 0:
+            with open(self.path, "w") as file:
+                file.write(str(step))
 
 
 if __name__ == "__main__":
     workdir, steps, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]) / 1000
+    if sys.argv[4:]:
+        jax.distributed.initialize(sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))
     run(workdir, steps, pause=pause, hooks=(Announce(workdir),))
