@@ -9,3 +9,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from jaxtyping import install_import_hook
 
 install_import_hook(["jaxlong", "pallas_kernels"], "typecheck.checked")
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="module")
+def compile_fast():
+    """For modules of many small programs, each run once: compiling them is what takes the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

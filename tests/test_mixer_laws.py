@@ -13,6 +13,8 @@ import pytest
 from jaxlong.core.state import nbytes
 from jaxlong.mixers import MIXERS
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 WIDTH, BATCH = 12, 2
 CASES = {f"{name}-{case}": mixer for name, cls in MIXERS.items() for case, mixer in cls.examples().items()}
 every_mixer = pytest.mark.parametrize("name", CASES)
@@ -20,14 +22,6 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 # bfloat16 keeps 8 bits: sums in another order differ by a few units of 2**-8 of the largest value
 TOLERANCE = {"float32": 3e-6, "bfloat16": 4e-2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-    """Hundreds of small programs run once each: compiling them takes the time, not running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

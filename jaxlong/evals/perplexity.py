@@ -94,7 +94,7 @@ def perplexity(
     stride: int,
     average: str = "token",
     bos: int | None = None,
-    batch: int = 8,
+    batch: int = 32,
     name: str = "",
     model: str = "",
     progress: Callable[[int, int], None] | None = None,
@@ -142,7 +142,7 @@ def truncated_perplexity(
     *,
     window: int,
     bos: int | None = None,
-    batch: int = 8,
+    batch: int = 32,
     name: str = "",
     model: str = "",
 ) -> Loss:
@@ -160,7 +160,7 @@ def loss_by_position(
     *,
     length: int,
     buckets_an_octave: int = 2,
-    batch: int = 8,
+    batch: int = 32,
     name: str = "",
     model: str = "",
 ) -> list[Loss]:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette, distinguishable with every common colour vision, the palest colours left out or last."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", ":")
+LEGEND_INSIDE = 4
+"""Most curves whose legend stands among them; beyond, it stands beside the axes."""
 INK, GRID, EMPTY, BOUND = "#222222", "#dddddd", "#eeeeee", "#D55E00"
 SIZES = {"title": 10, "label": 9, "tick": 8, "cell": 7.5}
 """Points."""
@@ -129,10 +132,12 @@ def lines(
     """Lines with a legend. `lengths`: x is a number of tokens, drawn on a scale of powers of two."""
     if not curves:
         raise BadInput("curves", "()", "nothing to draw", "one curve or more")
-    figure, (axis,) = _figure(5.2, 3.3)
+    beside = len(curves) > LEGEND_INSIDE
+    figure, (axis,) = _figure(7.2 if beside else 5.2, 3.3)
     for i, curve in enumerate(curves):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)] if points else ""
-        axis.plot(curve.x, curve.y, color=colour, marker=marker, markersize=4.5, linewidth=1.5, label=curve.label)
+        look = {"color": colour, "marker": marker, "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
+        axis.plot(curve.x, curve.y, **look, markersize=4.5, linewidth=1.5, label=curve.label)
         if curve.low is not None and curve.high is not None:
             axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel(x_label, fontsize=SIZES["label"])
@@ -145,7 +150,8 @@ def lines(
     if trained is not None:
         _mark(axis, float(trained), trained, (0, (4, 2)), INK, 1.1)
     if any(curve.label for curve in curves):
-        axis.legend(fontsize=SIZES["tick"], frameon=False)
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02)} if beside else {"loc": "best"}
+        axis.legend(fontsize=SIZES["tick"], frameon=False, **place)
     return figure
 
 

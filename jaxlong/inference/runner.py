@@ -25,8 +25,9 @@ LOGITS = 2**26
 class Runner:
     """Continues prompts and scores tokens; implements `jaxlong.evals.base.LanguageModel`.
 
-    Few shapes are compiled: rows are padded to a power of two of at most `max_batch`, lengths to multiples
-    of `bucket` that grow with them (at most four shapes an octave, at most a quarter of padding).
+    Few shapes are compiled: rows are padded to a power of two of at most `max_batch`, prompts to multiples
+    of `bucket` that grow with them (at most four shapes an octave, at most a quarter of padding). For a tiny
+    model compiling takes longer than running: a bucket of the longest prompt compiles once.
 
     Fields:
         params: the model's parameters.
@@ -81,7 +82,7 @@ class Runner:
         return texts
 
     def logprobs(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T-1"]:
-        """log p(tokens[b, i + 1] | tokens[b, : i + 1]) in nats at [b, i].
+        """log p(tokens[b, i + 1] | tokens[b, : i + 1]) in nats at [b, i]; compiled once for each T.
 
         Raises:
             BadInput: fewer than two tokens a row, or ids outside the vocabulary.
@@ -90,13 +91,13 @@ class Runner:
         length = tokens.shape[1]
         if length < 2:
             raise BadInput("tokens", length, "too few a row to score any", "2 or more")
-        width, scored = bucketed(length - 1, self.bucket) + 1, []
+        scored = []
         for start in range(0, len(tokens), self.max_batch):
             rows = list(tokens[start : start + self.max_batch])
-            batch, _ = _fill(rows, _power(len(rows), self.max_batch), width)
+            batch, _ = _fill(rows, _power(len(rows), self.max_batch), length)
             chunk = min(self.chunk, max(self.bucket, LOGITS // (len(batch) * self.model.vocab)))
             found = _logprobs(self.model, self.params, batch, chunk=chunk, dtype=self.dtype)
-            scored.append(np.asarray(found)[: len(rows), : length - 1])
+            scored.append(np.asarray(found)[: len(rows)])
         return np.concatenate(scored)
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], int]]:

@@ -20,7 +20,7 @@ from jaxlong.ops.dense import dense
 from jaxlong.parallel.allgather import Meta, auto_mesh, sequence_attention
 
 KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"dense": dense, "blockwise": blockwise}
-"""Implementations by name. All take the arguments of `dense`, or raise NotImplementedError for what they cannot take."""
+"""Implementations by name. All take the arguments of `dense`; NotImplementedError says that one cannot take these."""
 
 SEQUENCES = ("auto", "none", "all_gather")
 

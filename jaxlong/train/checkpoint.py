@@ -350,7 +350,9 @@ class Store:
             registry.add("state", ocp.args.PyTreeSave, arrays)
             registry.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler("metadata"))
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(self.keep), cleanup_tmp_directories=True
+                preservation_policy=ocp.checkpoint_managers.LatestN(self.keep),
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # no word about what is left of a step whose deletion was killed
             )
             self._manager = ocp.CheckpointManager(self.steps, options=options, handler_registry=registry)
         return self._manager

@@ -83,6 +83,15 @@ def test_perplexity_by_window(tmp_path):
     assert wide.axes[0].get_yscale() == "log"
 
 
+def test_many_curves_look_different_and_stand_beside_their_legend(tmp_path):
+    figure = report.lines([report.Curve(f"run {i}", [1, 2], [i, i]) for i in range(10)], x_label="x", y_label="y")
+    check_png(figure, tmp_path / "lines.png")
+    (axis,) = figure.axes
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axis.lines}
+    assert len(looks) == 10
+    assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
+
+
 def test_loss_curve_and_loss_by_position(tmp_path):
     figure = report.loss_curve([report.Curve("text", [0, 1, 2], [3.0, 2.0, 1.0])])
     check_png(figure, tmp_path / "loss.png")

