@@ -45,10 +45,10 @@ def config() -> Experiment:
         ),
         evaluation=Evaluation(
             tasks=needle_grid(Needle(heldout, split="heldout"), [depth / 10 for depth in range(11)]),
-            lengths=(LENGTH // 2, LENGTH, 2 * LENGTH, 4 * LENGTH),
+            lengths=(LENGTH, 2 * LENGTH, 4 * LENGTH),
             samples=14,
             text=heldout,
-            stride=LENGTH // 2,
+            stride=LENGTH,
         ),
     )
 

@@ -85,7 +85,7 @@ def main(overrides) -> None:
 
 def assess(experiment: Experiment, params, clock: Clock, method: str, when: str) -> Results:
     title = clock.next(f"evaluate {method}, {when}")
-    return run.assess(experiment, params, name=f"{method}, {when}", tokens=16384, progress=cli.progress(title))
+    return run.assess(experiment, params, name=f"{method}, {when}", tokens=8192, progress=cli.progress(title))
 
 
 def write(results: Results, base: Experiment, out: Path, seconds: float) -> str:

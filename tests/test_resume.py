@@ -22,6 +22,8 @@ from jaxlong.parallel.mesh import make_mesh
 from jaxlong.train import loop
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 STEPS, MESH = 40, "data=2,fsdp=2,seq=2"
 ARGUMENTS = [
     "--config=configs/tiny.py", f"--mesh={MESH}", f"--config.train.steps={STEPS}", "--config.train.save_every=7",
@@ -29,7 +31,11 @@ ARGUMENTS = [
     "--config.model.mlp.hidden=32", "--config.model.pattern.0.head_dim=8", "--config.model.pattern.0.conv=3",
     "--config.data.length=32", "--config.data.batch=8",
 ]  # fmt: skip
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # five processes, each compiles
+}
 
 
 def start(workdir: Path) -> subprocess.Popen:

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -345,6 +346,7 @@ class Store:
 
         if self._manager is None:
             _remove_empty(self.steps)
+            _hush_failed_writes()
             registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
             arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)  # the layout that `_LeafRead` opens
             registry.add("state", ocp.args.PyTreeSave, arrays)
@@ -352,6 +354,8 @@ class Store:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(self.keep),
                 cleanup_tmp_directories=True,
+                # Otherwise a folder that cannot be made leaves threads that wait for it for minutes.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 lightweight_initialize=True,  # no word about what is left of a step whose deletion was killed
             )
             self._manager = ocp.CheckpointManager(self.steps, options=options, handler_registry=registry)
@@ -362,7 +366,8 @@ class Store:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            # TensorStore's messages name files first and the cause last.
+            why = getattr(error, "strerror", None) or str(error).rsplit(": ", 1)[-1] or type(error).__name__
             raise BadInput(
                 "workdir", self.workdir, f"a checkpoint cannot be written ({why})", "space and rights"
             ) from None
@@ -375,6 +380,30 @@ def _remove_empty(steps: Path) -> None:
             if folder.name.isdecimal() and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
     _barrier("empty steps removed")
+
+
+def _hush_failed_writes() -> None:
+    """Keep the tracebacks of a failed write off stderr: `Store` raises it in one line.
+
+    Orbax's threads log theirs through absl; each write of TensorStore that ends after its event loop adds one
+    as an unraisable error.
+    """
+    logging.getLogger("absl").addFilter(_no_traceback_of_orbax)
+    if not isinstance(sys.unraisablehook, _NoClosedLoops):
+        sys.unraisablehook = _NoClosedLoops(sys.unraisablehook)
+
+
+def _no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or "orbax" not in Path(record.pathname).parts
+
+
+class _NoClosedLoops:
+    def __init__(self, hook: Any):
+        self.hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
+            self.hook(unraisable)
 
 
 def _barrier(name: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import random
+import resource
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -419,10 +421,11 @@ def test_an_empty_folder_is_no_checkpoint(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_leftovers_of_a_deletion_that_was_killed(copy, caplog):
+@pytest.mark.parametrize("part", [0, 1])
+def test_leftovers_of_a_deletion_that_was_killed(copy, caplog, capfd, part):
     """Orbax deletes an old step file by file."""
     run, states = copy
-    for path in files_of(run / "checkpoints" / "10")[1::2]:
+    for path in files_of(run / "checkpoints" / "10")[part::2]:
         path.unlink()
     store = Store(run, config=toy.CONFIG)
     assert store.restore(target_of(states[20])).step == 20
@@ -430,6 +433,8 @@ def test_leftovers_of_a_deletion_that_was_killed(copy, caplog):
     store.save(mixed_state(40))
     store.close()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["30", "40"]
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
 
 
 # What is never saved ------------------------------------------------------------------------------------
@@ -453,10 +458,36 @@ def test_a_folder_that_disappears(tmp_path, capfd):
     store.wait()
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("now a file")
-    with pytest.raises(BadInput, match=r"^workdir: .*/run: a checkpoint cannot be written \(.*\); space and rights$"):
+    began = time.monotonic()
+    with pytest.raises(BadInput) as error:
         store.save(mixed_state(6))
-        store.wait()
-    assert "Traceback" not in capfd.readouterr().err
+    store.close()
+    line = f"workdir: {tmp_path}/run: a checkpoint cannot be written (Not a directory); space and rights"
+    assert str(error.value) == line
+    assert time.monotonic() - began < 20
+    assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk(tmp_path, capfd):
+    """Simulated by a limit on the size of files; what was saved before stays."""
+    store = Store(tmp_path, config={})
+    store.save(mixed_state(3))
+    store.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+        with pytest.raises(BadInput, match=r"^workdir: .*: a checkpoint cannot be written \(File too large .*\); "):
+            store.save(mixed_state(6))
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    store.close()
+    assert capfd.readouterr().err == ""
+    store = Store(tmp_path, config={})
+    assert store.restore(mixed_state(3)).step == 3
+    store.save(mixed_state(6))
+    store.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
 
 
 def test_nothing_is_said_on_stderr(tmp_path, caplog, capfd):
