@@ -80,7 +80,7 @@ def show(experiment: Experiment) -> None:
 
 
 def progress(title: str) -> Callable[[int, int], None]:
-    """A function of (done, all) that shows how far an evaluation is: a line rewritten on a terminal, or one each 10 s."""
+    """A function of (done, all) that shows how far an evaluation is: one line on a terminal, else one each 10 s."""
     started = told = time.monotonic()
 
     def tell(done: int, total: int) -> None:

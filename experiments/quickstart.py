@@ -106,8 +106,8 @@ def write(results: Results, base: Experiment, out: Path, seconds: float) -> str:
     text = "\n".join(
         [
             "# Quickstart\n",
-            f"{run.count_params(base.model):,} parameters, pretrained at {LENGTH} tokens on the standard library's source,"
-            f" extended to {LONG}. {seconds:.0f} s in all.\n",
+            f"{run.count_params(base.model):,} parameters, pretrained at {LENGTH} tokens on the standard library's"
+            f" source, extended to {LONG}. {seconds:.0f} s in all.\n",
             report.markdown_table(["figure", "measured", "wanted", ""], [[*map(str, check)] for check in checks]),
             'Needle accuracy in percent, by length in tokens; "far" counts needles farther than'
             f" {LENGTH} tokens from the question. Perplexity of held-out text, by window.\n",

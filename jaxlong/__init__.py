@@ -21,7 +21,7 @@ _HOME = {
     "jaxlong.model": "LM extend init_params",
     "jaxlong.parallel.mesh": "make_mesh init_distributed",
     "jaxlong.data": "Data batches",
-    "jaxlong.train.grads": "full accumulated next_token_loss",
+    "jaxlong.train.grads": "next_token_loss",
     "jaxlong.train.step": "make_step",
     "jaxlong.train.loop": "fit",
     "jaxlong.evals": "evaluate",

@@ -14,7 +14,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxlong.mixers import MIXERS
 from jaxlong.model import LM
 from jaxlong.ops.attend import Backend
 from jaxlong.parallel.mesh import parse_mesh
-from jaxlong.train.optim import OPTIMIZERS, SCHEDULES, AdamW, Cosine
+from jaxlong.train.optim import OPTIMIZERS, SCHEDULES, AdamW, Cosine, Optimizer, Schedule
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Train:
     """
 
     steps: int = 1000
-    optimizer: Any = AdamW()
-    schedule: Any = Cosine(peak=1e-3, warmup=50)
+    optimizer: Optimizer = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=lambda: Cosine(peak=1e-3, warmup=50))
     clip: float = 1.0
     accumulation: int = 1
     z_loss: float = 0.0
@@ -85,7 +85,8 @@ def _by_class_name(*classes: type) -> dict[str, type]:
 
 REGISTRY: Mapping[str, type] = _by_class_name(
     Experiment, Train, Evaluation, Data, Packed, Samples, LM, Backend,
-    *MIXERS.values(), *FEED_FORWARDS.values(), *mask.MASKS.values(), *position.POSITIONS.values(), *position.SCALINGS.values(),
+    *MIXERS.values(), *FEED_FORWARDS.values(), *mask.MASKS.values(),
+    *position.POSITIONS.values(), *position.SCALINGS.values(),
     *SOURCES.values(), *TOKENIZERS.values(), *TASKS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(),
 )  # fmt: skip
 """Every class that a stored or overridden configuration may name."""

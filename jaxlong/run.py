@@ -149,8 +149,9 @@ def check_resumable(experiment: Experiment, workdir: str | Path) -> None:
         return
     there, here = flat(stored), flat(to_data(experiment))
     for name in sorted(there.keys() | here.keys()):
-        if there.get(name) != here.get(name) and not _may_change(name):
-            why = f"holds another experiment: {name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+        old, new = there.get(name, "absent"), here.get(name, "absent")
+        if old != new and not _may_change(name):
+            why = f"holds another experiment: {name} is {old} there, {new} here"
             raise BadInput("workdir", workdir, why, "another folder, or the same values")
 
 

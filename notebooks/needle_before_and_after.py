@@ -58,7 +58,7 @@ extended = run.assess(replace(base, model=extend(base.model, yarn)), params, nam
 panels = {"plain RoPE": plain.samples, "YaRN, not tuned": extended.samples}
 figure = report.heat_maps(panels, trained=quickstart.LENGTH, title="Needles found")
 report.save(figure, folder / "needle.png")
-figure
+figure  # noqa: B018  shown by the notebook
 
 # %%
 rows = [[loss.model, loss.window, f"{loss.perplexity:.2f}"] for loss in plain.losses + extended.losses]

@@ -6,12 +6,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["jaxlong", "pallas_kernels"], "typecheck.checked")
-
-import jax
-import pytest
 
 
 @pytest.fixture(scope="module")

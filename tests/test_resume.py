@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 STEPS, MESH = 40, "data=2,fsdp=2,seq=2"
 ARGUMENTS = [
     "--config=configs/tiny.py", f"--mesh={MESH}", f"--config.train.steps={STEPS}", "--config.train.save_every=7",
-    "--config.train.log_every=1", "--config.train.schedule.warmup=5", "--config.model.width=32", "--config.model.depth=2",
+    "--config.train.log_every=1", "--config.train.schedule.warmup=5", "--config.model.width=32",
+    "--config.model.depth=2",
     "--config.model.mlp.hidden=32", "--config.model.pattern.0.head_dim=8", "--config.model.pattern.0.conv=3",
     "--config.data.length=32", "--config.data.batch=8",
 ]  # fmt: skip

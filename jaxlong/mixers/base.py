@@ -51,7 +51,7 @@ class SequenceMixer(Protocol):
 def projection(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, inputs: int, dtype: Any
 ) -> Float[Array, "..."]:
-    """A weight with logical axis names, drawn with variance 1 / fan-in over its first `inputs` axes, cast to `dtype`."""
+    """A weight with logical axis names, of variance 1 / fan-in over its first `inputs` axes, cast to `dtype`."""
     fan_in = range(inputs)
     init = nn.initializers.variance_scaling(
         1.0, "fan_in", "truncated_normal", in_axis=tuple(fan_in), out_axis=tuple(range(inputs, len(shape)))

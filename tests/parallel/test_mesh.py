@@ -22,7 +22,6 @@ from jaxlong.parallel.mesh import AXES, init_distributed, make_mesh, parse_mesh,
 from jaxlong.train.hooks import Hook
 from jaxlong.train.optim import AdamW, Cosine
 
-
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
@@ -36,7 +35,7 @@ def test_parse():
 
 @pytest.mark.parametrize("spec", ["data=3", "data=16", "seq=-1,data=-1", "dat=8", "data=8,data=1", "data=x", "data=-2"])
 def test_parse_refuses(spec):
-    with pytest.raises(BadInput, match="^mesh: "):
+    with pytest.raises(BadInput, match=r"^mesh: "):
         parse_mesh(spec, 8)
 
 
@@ -71,7 +70,7 @@ def test_init_distributed_names_what_is_missing(monkeypatch):
     init_distributed()  # one process: nothing to do
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(BadInput, match="^JAX_PROCESS_ID: unset"):
+    with pytest.raises(BadInput, match=r"^JAX_PROCESS_ID: unset"):
         init_distributed()
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(BadInput, match="not integers"):
