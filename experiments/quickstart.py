@@ -38,7 +38,7 @@ METHODS = {
     "YaRN": Yarn(factor=4.0, original=LENGTH, beta_fast=8.0),
 }
 # share of the whole time that each kind of stage takes, to tell how much is left
-SHARES = {"pretrain": 40.0, "zero-shot": 7.0, "tune": 6.0, "tuned": 3.0}
+SHARES = {"pretrain": 40.0, "zero-shot": 6.0, "tune": 5.0, "tuned": 2.5}
 
 
 class Clock:
@@ -95,8 +95,8 @@ def write(results: Results, base: Experiment, out: Path, seconds: float) -> str:
     losses = {name: [loss for loss in results.losses if loss.model == name] for name in names}
     before, after = "plain RoPE, zero-shot", "YaRN, tuned"
 
-    report.save(report.loss_curve(curves(out), title="Training loss"), out / "loss.png")
-    panels = {"before: plain RoPE": tables[before], "after: YaRN, 50 steps of tuning": tables[after]}
+    report.save(report.loss_curve(curves(out, base.train.steps), title="Training loss"), out / "loss.png")
+    panels = {"before: plain RoPE": tables[before], "after: YaRN and 20 steps of tuning": tables[after]}
     report.save(report.heat_maps(panels, trained=LENGTH, title="Needles found"), out / "needle.png")
     report.save(
         report.perplexity_by_window(losses, trained=LENGTH, title="Held-out perplexity"), out / "perplexity.png"
@@ -154,12 +154,13 @@ def comparison(tables, losses) -> str:
     return report.markdown_table(["method", *map(str, lengths), f"{LONG} far", f"ppl {LENGTH}", f"ppl {LONG}"], rows)
 
 
-def curves(out: Path) -> list[report.Curve]:
-    """The loss of every run, from its metrics."""
+def curves(out: Path, pretrained: int) -> list[report.Curve]:
+    """The loss of every run, from its metrics; tuning goes on where pretraining ended."""
     found = []
     for path in sorted(out.glob("*/metrics.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found.append(report.Curve(path.parent.name, [line["step"] for line in lines], [line["nll"] for line in lines]))
+        name, lines = path.parent.name, [json.loads(line) for line in path.read_text().splitlines()]
+        first = 0 if name == "pretrain" else pretrained
+        found.append(report.Curve(name, [first + line["step"] for line in lines], [line["nll"] for line in lines]))
     return found
 
 

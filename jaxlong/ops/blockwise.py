@@ -107,13 +107,12 @@ class _Queries(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Blocks of keys, as `_Queries`."""
+    """Blocks of keys, cut where they lie: a cache of which little is visible must not be copied."""
 
-    index: Int[Array, "*n"]
-    k: Float[Array, "*n B K bk C"]
-    v: Float[Array, "*n B K bk V"]
-    positions: Int[Array, "*n B bk"]
-    segments: Int[Array, "*n B bk"]
+    k: Float[Array, "B *n bk K C"]
+    v: Float[Array, "B *n bk K V"]
+    positions: Int[Array, "B *n bk"]
+    segments: Int[Array, "B *n bk"]
 
 
 class _Side(NamedTuple):
@@ -148,13 +147,14 @@ def _forward(static: _Static, floats: _Floats, ints: _Ints):
 
         def step(n, carry):
             top, total, out = carry
-            key = _take(keys, order[n])
-            scores, _, seen = _scores(static, side, query, key)
+            j = order[n]
+            key = _take(keys, j)
+            scores, _, seen = _scores(static, side, query, key, j)
             scores = jnp.where(seen, scores, -jnp.inf)
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             pivot = jnp.where(new_top == -jnp.inf, 0, new_top)
             weights, decay = jnp.exp(scores - pivot), jnp.exp(top - pivot)
-            new = _einsum(static, "bkgqs,bksv->bkgqv", weights.astype(key.v.dtype), finite(key.v))
+            new = _einsum(static, "bkgqs,bskv->bkgqv", weights.astype(key.v.dtype), finite(key.v))
             return new_top, total * decay + weights.sum(-1, keepdims=True), out * decay + new
 
         top = jnp.full_like(query.q[..., :1], -jnp.inf, dtype=wide)
@@ -178,7 +178,7 @@ def _attention_bwd(static: _Static, residuals, cotangents):
     queries, keys, side = _layout(static, floats, ints)
     (T, H), (S, K) = floats.q.shape[1:3], floats.k.shape[1:3]
     wide = accumulator(floats.q.dtype)
-    by_query = lambda x: _heads_first(_blocks(x, static.block_q), K)
+    by_query = lambda x: _heads_first(_cut(x, static.block_q, 0).swapaxes(0, 1), K)
     dout, dlse = cotangents
     rows = (queries, by_query(out), by_query(lse[..., None]), by_query(dout), by_query(dlse[..., None]))
     reaches = _active(static.mask, keys)
@@ -196,22 +196,23 @@ def _attention_bwd(static: _Static, residuals, cotangents):
 
         def step(n, carry):
             dq, dk, dv, dbias, dslopes = carry
-            key = _take(keys, order[n])
-            scores, capped, seen = _scores(static, side, query, key)
+            j = order[n]
+            key = _take(keys, j)
+            scores, capped, seen = _scores(static, side, query, key, j)
             weights = jnp.where(seen, jnp.exp(scores - lse), 0)
-            dweights = _einsum(static, "bkgqv,bksv->bkgqs", dout, finite(key.v))
+            dweights = _einsum(static, "bkgqv,bskv->bkgqs", dout, finite(key.v))
             dscores = jnp.where(seen, weights * (dweights - delta), 0)
             if dbias is not None:
-                dbias = _add_tile(static, dbias, dscores, query.index, key.index)
+                dbias = _add_tile(static, dbias, dscores, query.index, j)
             if dslopes is not None:
                 away = distance(query.positions, key.positions).astype(wide)
                 dslopes = dslopes - (dscores * away).sum((0, 3, 4))[..., None, None]
             if capped is not None:
                 dscores = jnp.where(seen, dscores * (1 - jnp.square(capped / static.soft_cap)), 0)
             dscores = (dscores * static.scale).astype(query.q.dtype)
-            dq = dq + _einsum(static, "bkgqs,bksc->bkgqc", dscores, finite(key.k))
-            dk = dk.at[key.index].add(_einsum(static, "bkgqs,bkgqc->bksc", dscores, pure_q))
-            dv = dv.at[key.index].add(_einsum(static, "bkgqs,bkgqv->bksv", weights.astype(dout.dtype), pure_dout))
+            dq = dq + _einsum(static, "bkgqs,bskc->bkgqc", dscores, finite(key.k))
+            dk = dk.at[:, j].add(_einsum(static, "bkgqs,bkgqc->bskc", dscores, pure_q))
+            dv = dv.at[:, j].add(_einsum(static, "bkgqs,bkgqv->bskv", weights.astype(dout.dtype), pure_dout))
             return dq, dk, dv, dbias, dslopes
 
         dq, *sums = lax.fori_loop(0, count, step, (jnp.zeros_like(query.q, dtype=wide), *sums))
@@ -219,7 +220,7 @@ def _attention_bwd(static: _Static, residuals, cotangents):
 
     sums = jax.tree.map(partial(jnp.zeros_like, dtype=wide), (keys.k, keys.v, side.bias, side.slopes, side.sinks))
     (dk, dv, dbias, dslopes, dsinks), dq = lax.scan(block, sums, rows)
-    by_key = lambda x, like: _tokens(x[:, :, :, None], S).astype(like.dtype)
+    by_key = lambda x, like: x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S].astype(like.dtype)
     gradients = _Floats(
         _tokens(dq, T),
         by_key(dk, floats.k),
@@ -234,19 +235,19 @@ def _attention_bwd(static: _Static, residuals, cotangents):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _scores(static: _Static, side: _Side, query: _Queries, key: _Keys):
-    """Scores of a tile [B K G bq bk] before masking; the capped scores if there is a cap; which pairs are visible.
+def _scores(static: _Static, side: _Side, query: _Queries, key: _Keys, j: Int[Array, ""]):
+    """Scores of tile (query.index, j) [B K G bq bk] before masking; the capped scores if there is a cap; which pairs are visible.
 
     A key whose value is not finite scores NaN: it spoils the queries that see it and no others.
     """
     wide = accumulator(query.q.dtype)
     k = jnp.where(jnp.isfinite(key.v).all(-1, keepdims=True), key.k, jnp.nan)
-    scores = _einsum(static, "bkgqc,bksc->bkgqs", query.q, k) * static.scale
+    scores = _einsum(static, "bkgqc,bskc->bkgqs", query.q, k) * static.scale
     capped = None
     if static.soft_cap is not None:
         scores = capped = static.soft_cap * jnp.tanh(scores / static.soft_cap)
     if side.bias is not None:
-        start, size = _tile_of(static, side.bias, query.index, key.index)
+        start, size = _tile_of(static, side.bias, query.index, j)
         scores = scores + lax.dynamic_slice(side.bias, start, size).astype(wide)
     if side.slopes is not None:
         scores = scores - side.slopes * distance(query.positions, key.positions).astype(wide)
@@ -262,10 +263,10 @@ def _active(mask: Mask, keys: _Keys) -> Callable[[_Queries], tuple[Int[Array, "n
     columns = _spans(keys.positions, keys.segments)
 
     def active(query: _Queries):
-        row = _spans(query.positions, query.segments)
+        row = _spans(query.positions[:, None], query.segments[:, None])
         maybe_any, _ = mask.tile(row.first, row.last, columns.first, columns.last)
         meet = (row.low <= columns.high) & (columns.low <= row.high) & row.held & columns.held
-        hit = (maybe_any & meet).any(-1)
+        hit = (maybe_any & meet).any(0)
         return jnp.argsort(~hit, stable=True), hit.sum(dtype=jnp.int32)
 
     return active
@@ -274,14 +275,14 @@ def _active(mask: Mask, keys: _Keys) -> Callable[[_Queries], tuple[Int[Array, "n
 class _Spans(NamedTuple):
     """Ranges of the positions and segments of blocks, over the slots that hold a token."""
 
-    first: Int[Array, "*n B"]
-    last: Int[Array, "*n B"]
-    low: Int[Array, "*n B"]
-    high: Int[Array, "*n B"]
-    held: Bool[Array, "*n B"]
+    first: Int[Array, "B n"]
+    last: Int[Array, "B n"]
+    low: Int[Array, "B n"]
+    high: Int[Array, "B n"]
+    held: Bool[Array, "B n"]
 
 
-def _spans(positions: Int[Array, "*n B b"], segments: Int[Array, "*n B b"]) -> _Spans:
+def _spans(positions: Int[Array, "B n b"], segments: Int[Array, "B n b"]) -> _Spans:
     slots = segments >= 0
     held = slots.any(-1)
     least = lambda x: jnp.where(held, jnp.where(slots, x, jnp.iinfo(jnp.int32).max).min(-1), 0)
@@ -297,22 +298,12 @@ def _layout(static: _Static, floats: _Floats, ints: _Ints) -> tuple[_Queries, _K
     """
     floats, ints = lax.optimization_barrier((floats, ints))
     K = floats.k.shape[2]
-    by_query, by_key = partial(_blocks, size=static.block_q), partial(_blocks, size=static.block_k)
-    positions = by_query(ints.q_positions)
-    queries = _Queries(
-        jnp.arange(len(positions)),
-        _heads_first(by_query(floats.q), K),
-        positions,
-        by_query(ints.q_segments, fill=-1),
-    )
-    positions = by_key(ints.k_positions)
-    keys = _Keys(
-        jnp.arange(len(positions)),
-        by_key(floats.k).swapaxes(2, 3),
-        by_key(floats.v).swapaxes(2, 3),
-        positions,
-        by_key(ints.k_segments, fill=-1),
-    )
+    by_query = lambda x, fill=0: _cut(x, static.block_q, fill).swapaxes(0, 1)
+    by_key = lambda x, fill=0: _cut(x, static.block_k, fill)
+    q = _heads_first(by_query(floats.q), K)
+    index = jnp.arange(len(q), dtype=jnp.int32)
+    queries = _Queries(index, q, by_query(ints.q_positions), by_query(ints.q_segments, -1))
+    keys = _Keys(by_key(floats.k), by_key(floats.v), by_key(ints.k_positions), by_key(ints.k_segments, -1))
     by_head = lambda x: None if x is None else x.astype(accumulator(x.dtype)).reshape(*ints.heads.shape, 1, 1)
     side = _Side(
         ints.heads,
@@ -324,15 +315,17 @@ def _layout(static: _Static, floats: _Floats, ints: _Ints) -> tuple[_Queries, _K
 
 
 def _fit(length: int, block: int) -> int:
-    """The block for a length: as many blocks as asked for, of even size (to a multiple of 8)."""
-    even = -(-length // -(-length // block))
-    return min(length, block, -(-even // 8) * 8)
+    """The block for a length: as many blocks as asked for, of even size. A multiple of 8 if they pad anyway."""
+    blocks = -(-length // block)
+    even = -(-length // blocks)
+    return even if even * blocks == length else min(block, -(-even // 8) * 8)
 
 
-def _blocks(x: Array, size: int, fill: int = 0) -> Array:
-    """[B, L, ...] -> [n, B, size, ...], padded with `fill`."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+def _cut(x: Array, size: int, fill: int) -> Array:
+    """[B, L, ...] -> [B, n, size, ...], padded with `fill`."""
+    if over := -x.shape[1] % size:
+        x = jnp.pad(x, [(0, 0), (0, over)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
 def _heads_first(x: Float[Array, "n B b H C"], K: int) -> Float[Array, "n B K G b C"]:
@@ -346,7 +339,7 @@ def _tokens(x: Float[Array, "n B K G b C"], length: int) -> Float[Array, "B L H 
 
 
 def _take(keys: _Keys, index: Int[Array, ""]) -> _Keys:
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), keys)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), keys)
 
 
 def _einsum(static: _Static, formula: str, x: Array, y: Array) -> Array:
@@ -356,7 +349,7 @@ def _einsum(static: _Static, formula: str, x: Array, y: Array) -> Array:
 
 def _pad_bias(static: _Static, bias: Float[Array, "b k g t s"], queries: _Queries, keys: _Keys) -> Array:
     """Extends what is not shared to whole blocks."""
-    whole = (len(queries.index) * static.block_q, len(keys.index) * static.block_k)
+    whole = (len(queries.index) * static.block_q, keys.k.shape[1] * static.block_k)
     grow = [(0, 0 if have == 1 else want - have) for have, want in zip(bias.shape[3:], whole, strict=True)]
     return jnp.pad(bias, [(0, 0)] * 3 + grow)
 

@@ -12,7 +12,7 @@ POLICIES: Mapping[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attn_out": jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse"),
+    "attn_out": jax.checkpoint_policies.save_only_these_names("attend_out", "attend_lse"),
 }
 """Remat of a block by name: keep everything; only its input; its matmuls; its input and attention's output."""
 

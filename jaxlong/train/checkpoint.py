@@ -386,15 +386,17 @@ def _hush_failed_writes() -> None:
     """Keep the tracebacks of a failed write off stderr: `Store` raises it in one line.
 
     Orbax's threads log theirs through absl; each write of TensorStore that ends after its event loop adds one
-    as an unraisable error.
+    through asyncio's log or as an unraisable error.
     """
-    logging.getLogger("absl").addFilter(_no_traceback_of_orbax)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_no_failed_write)
     if not isinstance(sys.unraisablehook, _NoClosedLoops):
         sys.unraisablehook = _NoClosedLoops(sys.unraisablehook)
 
 
-def _no_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    return record.exc_info is None or "orbax" not in Path(record.pathname).parts
+def _no_failed_write(record: logging.LogRecord) -> bool:
+    of_orbax = "orbax" in Path(record.pathname).parts or "OCDBT database" in record.getMessage()
+    return record.exc_info is None or not of_orbax
 
 
 class _NoClosedLoops:

@@ -1,0 +1,67 @@
+"""The scripts one after another, as a user runs them, on the smallest experiment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import benchmark, cli, evaluate, extend, generate, pretrain
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    f"--config={ROOT}/configs/tiny.py", "--config.model.width=16", "--config.model.depth=1",
+    "--config.model.pattern.0.heads=2", "--config.model.pattern.0.head_dim=8", "--config.model.mlp.hidden=16",
+    "--config.data.length=64", "--config.data.batch=8", "--config.train.steps=4", "--config.train.schedule.warmup=1",
+    "--config.train.log_every=1", "--config.train.tensorboard=True", "--config.train.profile=(1,2)",
+    "--config.train.accumulation=2", "--config.model.remat=full", "--mesh=data=2,fsdp=2,seq=2",
+]  # fmt: skip
+
+
+def call(script, *argv: str) -> None:
+    for flag in script.FLAGS:
+        script.FLAGS[flag].unparse()
+    assert cli.run(script.main, script.FLAGS, [script.__name__, *argv]) == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts") / "run"
+    call(pretrain, *SMALL, f"--workdir={folder}")
+    return folder
+
+
+def test_pretrain_writes_everything(trained, capsys):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"loss", "nll", "grad_norm", "learning_rate", "skipped", "tokens_per_second"} <= lines[-1].keys()
+    assert json.loads((trained / "experiment.json").read_text())["model"]["width"] == 16
+    assert any((trained / "tensorboard").iterdir()) and any((trained / "profile").rglob("*.xplane.pb"))
+
+
+def test_extend_evaluate_generate(trained, capsys):
+    longer = trained.with_name("longer")
+    call(extend, f"--from={trained}", f"--workdir={longer}", "--factor=4", "--steps=2")
+    stored = json.loads((longer / "experiment.json").read_text())
+    assert stored["data"]["length"] == 256
+    assert stored["model"]["pattern"][0]["position"]["scaling"]["type"] == "Yarn"
+
+    call(evaluate, f"--from={longer}", "--config.evaluation.samples=2", "--tokens=2048")
+    out = longer / "evaluation"
+    kinds = [json.loads(line)["kind"] for line in (out / "results.jsonl").read_text().splitlines()]
+    assert kinds.count("sample") == 2 * 3 * 2 and kinds.count("loss") > 4
+    assert {p.name for p in out.glob("*.png")} == {"needle.png", "perplexity.png", "position.png"}
+    assert "niah_single_1" in (out / "report.md").read_text()
+
+    capsys.readouterr()
+    call(generate, f"--from={longer}", "--prompt=def ", "--max_new=5", "--temperature=0.5", "--top_k=9")
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_benchmark(tmp_path, capsys):
+    call(benchmark, "--lengths=256,512", "--heads=1", "--repeats=1", f"--out={tmp_path}")
+    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
+    assert len(rows) == 6 and all(row["both_ms"] > 0 and row["both_MiB"] > 0 for row in rows)
+    assert "blockwise window 1024" in (tmp_path / "attention.md").read_text()
