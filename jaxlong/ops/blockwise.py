@@ -236,7 +236,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _scores(static: _Static, side: _Side, query: _Queries, key: _Keys, j: Int[Array, ""]):
-    """Scores of tile (query.index, j) [B K G bq bk] before masking; the capped scores if there is a cap; which pairs are visible.
+    """Of tile (query.index, j): the scores [B K G bq bk] before masking, those of the soft cap, and who sees whom.
 
     A key whose value is not finite scores NaN: it spoils the queries that see it and no others.
     """
