@@ -38,10 +38,10 @@ def config() -> Experiment:
             mixture=(Packed(text), Samples(retrieval, weight=9.0, answer_weight=20.0)),
         ),
         train=Train(
-            steps=600,
+            steps=500,
             optimizer=AdamW(b2=0.98, weight_decay=0.05),
-            schedule=WSD(peak=3e-3, warmup=30, decay=180),
-            save_every=300,
+            schedule=WSD(peak=3e-3, warmup=30, decay=150),
+            save_every=250,
         ),
         evaluation=Evaluation(
             tasks=needle_grid(Needle(heldout, split="heldout"), [depth / 10 for depth in range(11)]),

@@ -294,7 +294,7 @@ def _layout(static: _Static, floats: _Floats, ints: _Ints) -> tuple[_Queries, _K
     """Pads and cuts everything into blocks.
 
     The barrier makes positions depend on q. Without it they are the same in every layer of a scanned model, and JAX
-    would take the masks of all tiles out of the scan and keep them: T * S booleans.
+    takes what follows from them alone out of that scan, for all blocks at once: which block sees which, if not masks.
     """
     floats, ints = lax.optimization_barrier((floats, ints))
     K = floats.k.shape[2]
