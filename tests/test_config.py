@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxlong.config import Experiment, from_data, load, override, parse, to_data, validate
-from jaxlong.core.mask import Causal, Sliding, Sinks
+from jaxlong.core.mask import Causal, Sinks, Sliding
 from jaxlong.core.position import Yarn
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import GQA

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
@@ -73,7 +74,9 @@ def dense(
     out = jnp.where(seen.any(-1, keepdims=True), out, 0)  # stops even a NaN cotangent of an empty row
     lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
     by_token = lambda x: jnp.moveaxis(x, 3, 1).reshape(B, T, H, -1)
-    return by_token(out).astype(v.dtype), by_token(lse)[..., 0]
+    out, lse = by_token(out).astype(v.dtype), by_token(lse)[..., 0]
+    # named as blockwise names them, for remat policies that keep what attention gives
+    return checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
 
 
 def visible(

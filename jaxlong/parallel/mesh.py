@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -173,18 +175,43 @@ def _launcher() -> bool:
 
 
 def _initialize(arguments: dict[str, Any], where: str, timeout: int, warn_after: int) -> None:
-    warning = threading.Timer(
-        warn_after,
-        lambda: log.warning(
-            "still waiting for the other processes at %s: was the script started on every host?", where
-        ),
-    )
-    warning.daemon = True
-    warning.start()
+    """Join, under timers of our own: where JAX gives up, it aborts the process with a stack trace."""
+    awaited = "was the same command started on every host, and is the port open?"
+    if arguments.get("process_id"):
+        _await_coordinator(arguments["coordinator_address"], where, timeout)
+    timers = [
+        threading.Timer(warn_after, log.warning, ("still waiting for the other processes at %s: %s", where, awaited)),
+        threading.Timer(timeout, _give_up, (where, timeout, awaited)),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=timeout)
+        jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60)
     except (RuntimeError, ValueError) as error:
-        why = f"not all processes joined within {timeout} s ({str(error).splitlines()[0]})"
-        raise BadInput("jax.distributed", where, why, "start the same command on every host; open the port") from None
+        raise BadInput("jax.distributed", where, str(error).splitlines()[0], awaited) from None
     finally:
-        warning.cancel()
+        for timer in timers:
+            timer.cancel()
+
+
+def _await_coordinator(address: str, where: str, timeout: int) -> None:
+    """Wait until something listens at the coordinator's address."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise BadInput("JAX_COORDINATOR_ADDRESS", address, "is no address", "host:port of process 0")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                why = f"process 0 did not answer within {timeout} s ({error})"
+                raise BadInput("JAX_COORDINATOR_ADDRESS", where, why, "start process 0 there; open the port") from None
+            time.sleep(0.2)
+
+
+def _give_up(where: str, timeout: int, awaited: str) -> None:
+    log.critical("%s", BadInput("jax.distributed", where, f"not all processes joined within {timeout} s", awaited))
+    os._exit(2)  # the main thread waits inside JAX and cannot be interrupted

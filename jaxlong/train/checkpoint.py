@@ -188,10 +188,12 @@ def _verified(folder: Path, target: Any, prefix: str) -> Restored:
 
 def _read(folder: Path, targets: Mapping[str, Any]) -> list[Array]:
     """Arrays by name, laid out as their targets are. Raises Damaged, naming the leaf."""
-    arrays = []
+    import tensorstore as ts
+
+    arrays, context = [], ts.Context()
     for names in _portions(targets):
-        reads = {name: _LeafRead(folder, name, targets[name]) for name in names}
-        arrays += [read.array() for read in reads.values()]
+        reads = [_LeafRead(folder, name, targets[name], context) for name in names]
+        arrays += [read.array() for read in reads]
     return arrays
 
 
@@ -212,13 +214,13 @@ def _portions(targets: Mapping[str, Any]) -> Iterator[list[str]]:
 class _LeafRead:
     """One leaf on its way from the folder: opening it starts at once, `array` waits."""
 
-    def __init__(self, folder: Path, name: str, target: Any):
+    def __init__(self, folder: Path, name: str, target: Any, context: Any):
         import tensorstore as ts
 
         self.name, self.target = name, target
         base = {"driver": "file", "path": f"{folder}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        self.store = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True)
+        self.store = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True, context=context)
 
     def array(self) -> Array:
         target = self.target

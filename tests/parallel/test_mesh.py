@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +80,22 @@ def test_init_distributed_names_what_is_missing(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(BadInput, match="not integers"):
         init_distributed()
+
+
+@pytest.mark.parametrize("process,say", [(0, "not all processes joined within 2 s"), (1, "process 0 did not answer")])
+def test_init_distributed_gives_up_in_one_line(process, say):
+    """A process whose partners never come ends within its time-out, with exit code 2 and no stack trace."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process)}
+    root = Path(__file__).parent.parent.parent
+    command = [sys.executable, "-m", "experiments.pretrain", "--config=configs/tiny.py", "--workdir=none"]
+    done = subprocess.run(
+        [*command, "--init_timeout=2"], cwd=root, env=os.environ | job, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and say in done.stderr
 
 
 class Losses(Hook):

@@ -319,6 +319,7 @@ def test_throughput(monkeypatch):
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
         ("NVIDIA L4", 121e12),
         ("Tesla T4", 65e12),
         ("NVIDIA GB200", 2500e12),
