@@ -12,8 +12,8 @@
 # # Needles before and after an extension
 #
 # A small model learns text and retrieval at a short length, fails beyond it, and reads four times further under YaRN,
-# with the same parameters. `STEPS` is what the quickstart takes (a few minutes on a CPU); fewer show the way, not the figures.
-# In Colab or Kaggle first: `!pip install -q git+https://github.com/jaxlong/jaxlong`
+# with the same parameters. `STEPS` is what the quickstart takes (a few minutes on a CPU); fewer show the way, not the
+# figures. In Colab or Kaggle first, in a checkout: `%pip install -q -e .`.
 
 # %%
 import os
