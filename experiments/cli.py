@@ -13,6 +13,7 @@ from absl import flags
 from jaxlong.config import Experiment, load, override, to_data
 from jaxlong.core.types import BadInput
 from jaxlong.data import describe
+from jaxlong.train.loop import Diverged
 
 
 def experiment_flags(values: flags.FlagValues, config: str | None = None) -> None:
@@ -100,7 +101,10 @@ def progress(title: str) -> Callable[[int, int], None]:
 def run(
     main: Callable[[Sequence[tuple[str, str]]], None], values: flags.FlagValues, argv: Sequence[str] | None = None
 ) -> int:
-    """Parse flags and call `main(overrides)`. Exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    """Parse flags and call `main(overrides)`; what ends early says why in one line on stderr.
+
+    Exit code: 0; 1 if training diverged; 2 for bad input; 130 for Ctrl-C.
+    """
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("absl", "jax", "orbax", "etils"):
@@ -116,6 +120,9 @@ def run(
         return _say(str(error))
     except flags.Error as error:
         return _say(f"flag: {' '.join(argv[1:])}: {' '.join(str(error).split())}; see --help")
+    except Diverged as error:
+        _say(str(error))
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
