@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from experiments import benchmark, cli, evaluate, extend, generate, pretrain
+from jaxlong.train.loop import Diverged
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 ROOT = Path(__file__).parent.parent
@@ -65,3 +67,11 @@ def test_benchmark(tmp_path, capsys):
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert len(rows) == 6 and all(row["both_ms"] > 0 and row["both_MiB"] > 0 for row in rows)
     assert "blockwise window 1024" in (tmp_path / "attention.md").read_text()
+
+
+def test_divergence_is_one_line_and_exit_code_1(capsys):
+    def main(overrides):
+        raise Diverged("step 9: the last 20 steps were skipped; loss is not finite")
+
+    assert cli.run(main, flags.FlagValues(), ["script"]) == 1
+    assert capsys.readouterr().err == "step 9: the last 20 steps were skipped; loss is not finite\n"
