@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Eight devices share the machine's cores: a collective may wait long for its last participant on a busy one.
+DEVICES = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -10,6 +12,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 install_import_hook(["jaxlong", "pallas_kernels"], "typecheck.checked")
 
 

@@ -33,7 +33,7 @@ ARGUMENTS = [
     "--config.data.length=32", "--config.data.batch=8",
 ]  # fmt: skip
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600",
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # five processes, each compiles
 }
