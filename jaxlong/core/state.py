@@ -74,6 +74,23 @@ class ConvTail(NamedTuple):
         )
 
 
+class Recurrent(NamedTuple):
+    """A memory into which tokens are folded, and the segment of the last of them.
+
+    `memory` is a float32 array `[B, ...]` or a tuple of such arrays. It belongs to the document
+    `segment_ids`: a token of another one starts from nothing.
+    """
+
+    memory: Any
+    segment_ids: Int[Array, "B"]
+
+    @classmethod
+    def empty(cls, batch: int, *shapes: tuple[int, ...]) -> Recurrent:
+        """Zeros `[batch, *shape]` for each shape; a tuple of arrays where there are several."""
+        arrays = tuple(jnp.zeros((batch, *shape), jnp.float32) for shape in shapes)
+        return cls(arrays[0] if len(arrays) == 1 else arrays, jnp.full((batch,), EMPTY, jnp.int32))
+
+
 def nbytes(state: Any) -> int:
     """Bytes of a state: arrays, or the shapes that `jax.eval_shape(init_state, ...)` gives."""
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))

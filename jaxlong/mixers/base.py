@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxlong.core.types import State
+from jaxlong.core.types import BadInput, State
 
 
 @runtime_checkable
@@ -57,3 +58,53 @@ def projection(
         1.0, "fan_in", "truncated_normal", in_axis=tuple(fan_in), out_axis=tuple(range(inputs, len(shape)))
     )
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32).astype(dtype)
+
+
+def vector(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any = nn.initializers.zeros
+) -> Float[Array, "..."]:
+    """A float32 parameter with logical axis names: a bias, a norm's scale, a gate, a decay."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+def require(module: Any, least: int, *names: str) -> None:
+    """Refuse a module whose integer fields are below `least`."""
+    for name in names:
+        if getattr(module, name) < least:
+            raise BadInput(name, getattr(module, name), "is too small", f"{least} or more")
+
+
+def require_divides(module: Any, part: str, whole: str) -> None:
+    """Refuse a module whose field `part` does not divide its field `whole`."""
+    small, large = getattr(module, part), getattr(module, whole)
+    if large % small:
+        divisors = [n for n in range(1, large + 1) if large % n == 0]
+        raise BadInput(part, small, f"does not divide {whole} = {large}", f"one of {divisors}")
+
+
+def check_state(mixer: Any, state: State, x: Float[Array, "B T D"]) -> None:
+    """Refuse a state that `mixer.init_state` would not make for inputs like x.
+
+    Lengths of caches are free, all else is not: sizes that differ between the states for one token and
+    for two are lengths.
+
+    Raises:
+        BadInput: the first array that differs in kind, type or shape.
+    """
+    batch, _, width = x.shape
+    make = lambda n: mixer.init_state(batch, n, width=width, max_chunk=n, dtype=x.dtype)
+    one, two = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2))
+    here = jax.tree.structure(one)
+    if jax.tree.structure(state) != here:
+        raise BadInput("state", jax.tree.structure(state), f"{type(mixer).__name__} keeps another", str(here))
+    for (path, a), b, given in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), jax.tree.leaves(state), strict=True
+    ):
+        fits = len(given.shape) == len(a.shape) and all(
+            size == n or n != m for size, n, m in zip(given.shape, a.shape, b.shape, strict=True)
+        )
+        if not fits or given.dtype != a.dtype:
+            shape = ["any" if n != m else str(n) for n, m in zip(a.shape, b.shape, strict=True)]
+            name = "state" + jax.tree_util.keystr(path)
+            allowed = f"{a.dtype}[{', '.join(shape)}]"
+            raise BadInput(name, f"{given.dtype}{list(given.shape)}", "was made for other inputs", allowed)
