@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxlong.core.types import BadInput, State
 
@@ -49,6 +49,32 @@ class SequenceMixer(Protocol):
         ...
 
 
+class ValueStream(NamedTuple):
+    """Values of a model's first layer, which later ones mix into their own; `seen` says that there was a first."""
+
+    value: Float[Array, "B T V"]
+    seen: Bool[Array, ""]
+
+
+@runtime_checkable
+class TakesFirstValue(Protocol):
+    """A mixer whose values are drawn towards those of the first layer (value residual, arXiv 2410.17897)."""
+
+    value_width: int
+
+    def mix(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        state: State | None,
+        first: ValueStream | None,
+    ) -> tuple[Float[Array, "B T D"], State | None, ValueStream | None]:
+        """The mixer's call, with the stream passed through; where none was seen, its own values become the stream."""
+        ...
+
+
 def projection(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, inputs: int, dtype: Any
 ) -> Float[Array, "..."]:
@@ -61,7 +87,11 @@ def projection(
 
 
 def vector(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any = nn.initializers.zeros
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Any = nn.initializers.zeros,
 ) -> Float[Array, "..."]:
     """A float32 parameter with logical axis names: a bias, a norm's scale, a gate, a decay."""
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
