@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxlong.core.types import BadInput
+
 EMPTY = -1
 """Segment id of a slot that holds nothing; no token carries it, so no query attends to it."""
 
@@ -45,10 +47,11 @@ class KVCache(NamedTuple):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
     ) -> KVCache:
-        """Append T tokens, overwriting the oldest when full. Raises ValueError if T exceeds the slots."""
+        """Append T tokens, overwriting the oldest when full. Raises BadInput if T exceeds the slots."""
         slots, length = self.k.shape[1], k.shape[1]
         if length > slots:
-            raise ValueError(f"cannot push {length} tokens into a cache of {slots} slots")
+            why = f"the cache was made for max_len and max_chunk that give {slots} slots"
+            raise BadInput("tokens", length, why, f"at most {slots} at a time")
         index = (self.next + jnp.arange(length)) % slots
         write = lambda buffer, new: buffer.at[:, index].set(new.astype(buffer.dtype), unique_indices=True)
         return self._replace(

@@ -15,7 +15,7 @@ from jaxlong.core.mask import Mask, causal, sliding
 from jaxlong.core.position import Alibi, NoPE, Rope, apply_rope
 from jaxlong.core.state import ConvTail, KVCache
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import projection
+from jaxlong.mixers.base import check_state, projection, require, require_divides
 from jaxlong.ops.attend import Backend, attend
 from jaxlong.ops.short_conv import short_conv
 
@@ -58,12 +58,8 @@ class GQA(nn.Module):
     backend: Backend = Backend()
 
     def __post_init__(self):
-        for name in ("heads", "kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "must be positive", "1 or more")
-        if self.heads % self.kv_heads:
-            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
-            raise BadInput("kv_heads", self.kv_heads, f"does not divide heads = {self.heads}", f"one of {divisors}")
+        require(self, 1, "heads", "kv_heads", "head_dim")
+        require_divides(self, "kv_heads", "heads")
         if self.conv < 0 or self.conv == 1:
             raise BadInput("conv", self.conv, "is no width of a convolution", "0 for none, or 2 or more")
         if isinstance(self.position, Rope):
@@ -79,6 +75,8 @@ class GQA(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         state: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
+        if state is not None:
+            check_state(self, state, x)
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
         q, k, v, tail = self._project(x, segments, state)
         if isinstance(self.position, Rope):
