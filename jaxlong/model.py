@@ -28,18 +28,19 @@ class Layer:
     """A mixer with a feed-forward layer of its own, where a pattern should not take the model's."""
 
     mixer: nn.Module
-    mlp: nn.Module
+    mlp: nn.Module | None
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); the latter in blocks of tokens unless `mlp_block` is 0.
 
     The feed-forward layer may be a sequence mixer too (one that looks back, or learns as it reads): then the
-    state is a pair. `first` is the value stream of the model's first layer, for mixers that take one.
+    state is a pair. None is no feed-forward layer. `first` is the value stream of the model's first layer, for
+    mixers that take one.
     """
 
     mixer: nn.Module
-    mlp: nn.Module
+    mlp: nn.Module | None
     mlp_block: int
 
     @nn.compact
@@ -59,6 +60,8 @@ class Block(nn.Module):
         else:
             y, of_mixer = self.mixer(normed, **where, state=of_mixer)
         x = shard(x + y, "batch", "seq", None)
+        if self.mlp is None:
+            return x, of_mixer, first
         normed = RMSNorm(name="mlp_norm")(x)
         if looks_back(self.mlp):
             y, of_mlp = self.mlp(normed, **where, state=of_mlp)
@@ -79,7 +82,7 @@ class Group(nn.Module):
     """Blocks one after another: one round of the pattern, the body of the scan over depth."""
 
     layers: tuple[nn.Module | Layer, ...]
-    mlp: nn.Module
+    mlp: nn.Module | None
     mlp_block: int
 
     @nn.compact
@@ -95,21 +98,26 @@ class Group(nn.Module):
         x, positions = jax.lax.optimization_barrier((x, positions))
         out = []
         for i, layer in enumerate(self.layers):
-            mixer, mlp = (part.clone(parent=None, name=None) for part in parts(layer, self.mlp))
+            mixer, mlp = map(_fresh, parts(layer, self.mlp))
             block = Block(mixer, mlp, self.mlp_block, name=f"block_{i}")
             x, state, first = block(x, positions, segment_ids, None if states is None else states[i], first)
             out.append(state)
         return (x, first), tuple(out)
 
 
-def parts(layer: nn.Module | Layer, mlp: nn.Module) -> tuple[nn.Module, nn.Module]:
+def parts(layer: nn.Module | Layer, mlp: nn.Module | None) -> tuple[nn.Module, nn.Module | None]:
     """The mixer and the feed-forward layer of an entry of a pattern."""
     return (layer.mixer, layer.mlp) if isinstance(layer, Layer) else (layer, mlp)
 
 
-def looks_back(mlp: nn.Module) -> bool:
+def looks_back(mlp: nn.Module | None) -> bool:
     """Whether a feed-forward layer is a sequence mixer."""
     return isinstance(mlp, SequenceMixer)
+
+
+def _fresh(module: nn.Module | None) -> nn.Module | None:
+    """The module as no part of another, so that a scan may own it."""
+    return None if module is None else module.clone(parent=None, name=None)
 
 
 class LM(nn.Module):
@@ -121,7 +129,8 @@ class LM(nn.Module):
     Fields:
         vocab: size of the vocabulary.    width: D, the residual stream.    depth: number of blocks.
         pattern: mixers, or `Layer`s with a feed-forward layer of their own, repeated under one scan.
-        mlp: the feed-forward layer: token-wise, or a sequence mixer (RWKV's channel mixing, In-Place TTT).
+        mlp: the feed-forward layer: token-wise, or a sequence mixer (RWKV's channel mixing, In-Place TTT), or
+            None, which leaves it out.
         before, after: layers around the repeated ones, which count towards `depth`.
         tied: the head is the embedding, transposed.
         remat: a name in `jaxlong.parallel.memory.POLICIES`.
@@ -135,7 +144,7 @@ class LM(nn.Module):
     width: int
     depth: int
     pattern: tuple[Any, ...]
-    mlp: nn.Module
+    mlp: nn.Module | None
     before: tuple[Any, ...] = ()
     after: tuple[Any, ...] = ()
     tied: bool = False
@@ -176,7 +185,7 @@ class LM(nn.Module):
         return (*self.before, *self.pattern, *self.after)
 
     @property
-    def blocks(self) -> list[tuple[nn.Module, nn.Module]]:
+    def blocks(self) -> list[tuple[nn.Module, nn.Module | None]]:
         """Mixer and feed-forward layer of every block, in order of depth."""
         entries = (*self.before, *self.pattern * self.groups, *self.after)
         return [parts(layer, self.mlp) for layer in entries]
@@ -190,7 +199,7 @@ class LM(nn.Module):
         table = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
         self.table = self.param("embed", table, (self.vocab, self.width), jnp.float32)
         group = Group if self.remat == "none" else nn.remat(Group, policy=policy(self.remat), prevent_cse=False)
-        mlp = self.mlp.clone(parent=None, name=None)
+        mlp = _fresh(self.mlp)
         self.first_layers = group(self.before, mlp, self.mlp_block) if self.before else None
         self.layers = nn.scan(
             group,
