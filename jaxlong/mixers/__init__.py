@@ -2,7 +2,13 @@
 
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.rwkv4 import RWKV4
+from jaxlong.mixers.rwkv_channel_mix import RWKVChannelMix
 
-MIXERS = {"gqa": GQA}
+MIXERS = {
+    "gqa": GQA,
+    "rwkv4": RWKV4,
+    "rwkv_channel_mix": RWKVChannelMix,
+}
 
-__all__ = ["GQA", "MIXERS", "SequenceMixer"]
+__all__ = ["GQA", "MIXERS", "RWKV4", "RWKVChannelMix", "SequenceMixer"]
