@@ -63,14 +63,14 @@ class RWKV6(nn.Module):
         shape, axes = (self.heads, self.head_dim), ("heads", "head_dim")
         x_w, x_k, x_v, x_r, x_g = self._interpolate(x, previous)
 
-        speed = vector(self, "w0", shape, axes, by_channel(lambda ramp, zigzag: -6 + 5 * ramp**1.35))
+        speed = vector(self, "w0", shape, axes, _decays)
         speed += low_rank(self, "w", x_w, (self.decay_rank, *shape), jnp.tanh, _small)
         o, s = linear_attention(
             self._heads("wr", x_r).astype(jnp.float32),
             self._heads("wk", x_k).astype(jnp.float32),
             self._heads("wv", x_v).astype(jnp.float32),
             -jnp.exp(speed),
-            bonus=vector(self, "bonus", shape, axes, by_channel(_bonuses)),
+            bonus=vector(self, "bonus", shape, axes, _bonuses),
             s0=None if memory is None else memory.memory,
             resets=None if aligned else starts(segments, None if memory is None else memory.segment_ids),
             chunk=self.chunk,
@@ -116,9 +116,10 @@ class RWKV6(nn.Module):
 
 
 _small = nn.initializers.uniform(0.01)
+_decays = by_channel(lambda ramp, zigzag: -6 + 5 * ramp**1.35)
 
 
-def _bonuses(ramp: Any, zigzag: Any) -> Any:
+@by_channel
+def _bonuses(ramp: Array, zigzag: Array) -> Array:
     """Less for later channels, and a tenth more, less or the same in turn."""
-    turn = (jnp.arange(ramp.size).reshape(ramp.shape) + 1) % 3 - 1
-    return 0.5 * (1 - ramp) + 0.1 * turn
+    return 0.5 * (1 - ramp) + 0.1 * ((jnp.arange(ramp.size).reshape(ramp.shape) + 1) % 3 - 1)

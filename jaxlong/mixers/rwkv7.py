@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from jaxlong.ops.chunks import starts
 from jaxlong.ops.delta import generalized_delta_rule
 from jaxlong.ops.token_shift import token_shift
 
-SLOWEST = -(2.718281828459045**-0.5)
+FASTEST = -math.exp(-0.5)
 """Log decays lie between this and 0: a token keeps at least 0.545 of each channel."""
 
 
@@ -111,10 +112,10 @@ class RWKV7(nn.Module):
         if self.value_residual:
             v, first = self._residual(x_v, v, first)
         v = v.astype(jnp.float32)
-        log_decay = SLOWEST * jax.nn.sigmoid(self._low_rank("w", lerp("w", 0.45), self.decay_rank, _decays, jnp.tanh))
+        log_decay = FASTEST * jax.nn.sigmoid(self._low_rank("w", lerp("w", 0.45), self.decay_rank, _decays, jnp.tanh))
         rate = jax.nn.sigmoid(self._low_rank("a", lerp("a", 0.45), self.rate_rank, _rates))
-        z = _l2norm(k * self._channels("k_k", lambda ramp, zigzag: 0.71 - 0.1 * (ramp - 0.5)))
-        k *= 1 + (rate - 1) * self._channels("k_a", lambda ramp, zigzag: 1.02)
+        z = _l2norm(k * self._channels("k_k", by_channel(lambda ramp, zigzag: 0.71 - 0.1 * (ramp - 0.5))))
+        k *= 1 + (rate - 1) * self._channels("k_a", nn.initializers.constant(1.02))
 
         o, s = generalized_delta_rule(
             r,
@@ -127,7 +128,7 @@ class RWKV7(nn.Module):
             resets=None if aligned else starts(segments, None if memory is None else memory.segment_ids),
             chunk=self.chunk,
         )
-        own = jnp.sum(r * k * self._channels("r_k", lambda ramp, zigzag: -0.04), axis=-1, keepdims=True)
+        own = jnp.sum(r * k * self._channels("r_k", nn.initializers.constant(-0.04)), axis=-1, keepdims=True)
         gate_shape = (self.gate_rank, self.heads, self.head_dim)
         gate = low_rank(self, "g", lerp("g", 0.1), gate_shape, jax.nn.sigmoid)
         o = ((head_norm(self, o) + own * v) * gate).astype(x.dtype)
@@ -154,7 +155,7 @@ class RWKV7(nn.Module):
         return self._channels(f"{name}0", init) + low_rank(self, name, x, (rank, self.heads, self.head_dim), between)
 
     def _channels(self, name: str, init: Any) -> Array:
-        return vector(self, name, (self.heads, self.head_dim), ("heads", "head_dim"), by_channel(init))
+        return vector(self, name, (self.heads, self.head_dim), ("heads", "head_dim"), init)
 
     def _heads(self, name: str, x: Array) -> Array:
         shape = (x.shape[-1], self.heads, self.head_dim)
@@ -171,8 +172,8 @@ class RWKV7(nn.Module):
 
     def mixing_flops(self, length: int) -> float:
         """Forward flops a token in rows of `length` tokens, beyond 2 a parameter."""
-        chunk = min(self.chunk, length)
-        return 4 * self.heads * self.head_dim * (4 * chunk + 2 * self.head_dim)
+        n, c = min(self.chunk, length), self.head_dim
+        return self.heads * (20 * n * c + 8 * c**2 + 2 * c**3 / n + 2 * n**2 / 3)
 
     @classmethod
     def examples(cls) -> dict[str, RWKV7]:
@@ -186,13 +187,6 @@ def _l2norm(x: Float[Array, "B T H C"]) -> Float[Array, "B T H C"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def _decays(ramp: Any, zigzag: Any) -> Any:
-    return -5.5 + 6 * ramp**1.81 + 2.5 * zigzag
-
-
-def _rates(ramp: Any, zigzag: Any) -> Any:
-    return -0.19 + 0.3 * zigzag + 0.4 * (ramp - 0.5)
-
-
-def _value_shares(ramp: Any, zigzag: Any) -> Any:
-    return 0.73 - 0.4 * (ramp - 0.5)
+_decays = by_channel(lambda ramp, zigzag: -5.5 + 6 * ramp**1.81 + 2.5 * zigzag)
+_rates = by_channel(lambda ramp, zigzag: -0.19 + 0.3 * zigzag + 0.4 * (ramp - 0.5))
+_value_shares = by_channel(lambda ramp, zigzag: 0.73 - 0.4 * (ramp - 0.5))

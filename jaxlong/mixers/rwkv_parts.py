@@ -6,13 +6,13 @@ own, so each starts as the layer halfway up does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -26,20 +26,20 @@ def toward(x: Float[Array, "B T D"], previous: Float[Array, "B T D"], mu: Array)
 
 def share(module: nn.Module, name: str, width: int, power: float, less: float = 0.0) -> Float[Array, "D"]:
     """A vector of shares of the previous token, at first 1 - (i / D) ** power - less in channel i."""
-    init = lambda key, shape, dtype: jnp.asarray(1 - (np.arange(width) / width) ** power - less, dtype)
+    init = lambda key, shape, dtype: 1 - (jnp.arange(width, dtype=dtype) / width) ** power - less
     return vector(module, name, (width,), ("embed",), init)
 
 
-def by_channel(value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Any:
+def by_channel(value: Callable[[Array, Array], Any]) -> Any:
     """Initial values `value(ramp, zigzag)` of a parameter [H C].
 
     `ramp` rises from 0 to 1 over all channels; `zigzag` is n |n| for n from -1 to 1 over those of a head.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-        ramp = np.linspace(0, 1, int(np.prod(shape))).reshape(shape)
-        n = np.linspace(-1, 1, shape[-1])
-        return jnp.asarray(np.broadcast_to(value(ramp, n * np.abs(n)), shape), dtype)
+        ramp = jnp.linspace(0, 1, math.prod(shape), dtype=dtype).reshape(shape)
+        n = jnp.linspace(-1, 1, shape[-1], dtype=dtype)
+        return jnp.broadcast_to(value(ramp, n * jnp.abs(n)), shape)
 
     return init
 
