@@ -2,7 +2,17 @@
 
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.rwkv4 import RWKV4
+from jaxlong.mixers.rwkv6 import RWKV6
+from jaxlong.mixers.rwkv7 import RWKV7
+from jaxlong.mixers.rwkv_channel_mix import RWKVChannelMix
 
-MIXERS = {"gqa": GQA}
+MIXERS = {
+    "gqa": GQA,
+    "rwkv4": RWKV4,
+    "rwkv6": RWKV6,
+    "rwkv7": RWKV7,
+    "rwkv_channel_mix": RWKVChannelMix,
+}
 
-__all__ = ["GQA", "MIXERS", "SequenceMixer"]
+__all__ = ["GQA", "MIXERS", "RWKV4", "RWKV6", "RWKV7", "RWKVChannelMix", "SequenceMixer"]
