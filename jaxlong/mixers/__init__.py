@@ -6,6 +6,7 @@ from jaxlong.mixers.rwkv4 import RWKV4
 from jaxlong.mixers.rwkv6 import RWKV6
 from jaxlong.mixers.rwkv7 import RWKV7
 from jaxlong.mixers.rwkv_channel_mix import RWKVChannelMix
+from jaxlong.mixers.ttt import TTTMLP, TTTLinear
 
 MIXERS = {
     "gqa": GQA,
@@ -13,6 +14,18 @@ MIXERS = {
     "rwkv6": RWKV6,
     "rwkv7": RWKV7,
     "rwkv_channel_mix": RWKVChannelMix,
+    "ttt_linear": TTTLinear,
+    "ttt_mlp": TTTMLP,
 }
 
-__all__ = ["GQA", "MIXERS", "RWKV4", "RWKV6", "RWKV7", "RWKVChannelMix", "SequenceMixer"]
+__all__ = [
+    "GQA",
+    "MIXERS",
+    "RWKV4",
+    "RWKV6",
+    "RWKV7",
+    "RWKVChannelMix",
+    "SequenceMixer",
+    "TTTLinear",
+    "TTTMLP",
+]
