@@ -2,7 +2,8 @@
 
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.mla import MLA
 
-MIXERS = {"gqa": GQA}
+MIXERS = {"gqa": GQA, "mla": MLA}
 
-__all__ = ["GQA", "MIXERS", "SequenceMixer"]
+__all__ = ["GQA", "MIXERS", "MLA", "SequenceMixer"]
