@@ -40,9 +40,9 @@ class MLA(nn.Module):
 
     Both forms are the same function. In multiply-adds a head, T queries on S keys cost
         expanded   S d_c (d_n + d_v) + T S (d_n + d_r + d_v)
-        absorbed   T d_c (d_n + d_v) + T S (2 d_c + d_r)
+        absorbed   T d_c (d_n + d_v) + T S 2 (d_c + d_r)
     and `form="auto"` takes the smaller by T and S (the slots of a cache) as they are known to the compiler: at
-    DeepSeek-V3's sizes, chunks of 170 or fewer tokens on a long cache are absorbed. An expanded chunk holds keys and
+    DeepSeek-V3's sizes, chunks of 157 or fewer tokens on a long cache are absorbed. An expanded chunk holds keys and
     values of all heads for all S.
 
     Paper: DeepSeek-V2, arXiv 2405.04434, section 2.1. With `position=NoPE()` the d_r part is not rotated (Kimi
@@ -95,7 +95,7 @@ class MLA(nn.Module):
         q = self._queries(x, self._query_input(x), positions)
         latent = self._latents(x, positions)
         keys, cache, segments = self._remember(x, latent, None, positions, segment_ids, state)
-        return self._attend(x, q, keys, positions, segments), cache
+        return self._attend(q, keys, positions, segments, self._weights(x)), cache
 
     def _query_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
         """What queries are projected from: x, or its normed bottleneck."""
@@ -147,14 +147,14 @@ class MLA(nn.Module):
 
     def _attend(
         self,
-        x: Float[Array, "B T D"],
         q: Float[Array, "B T H C"],
         keys: Keys,
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None,
+        weights: tuple[Array, ...],
     ) -> Float[Array, "B T D"]:
         """Attention over all visible keys, in the form that `form` says, projected to the output."""
-        wk, wv, wo = self._weights(x)
+        wk, wv, wo = weights
         form = self._cheaper(q.shape[1], keys.latent.shape[1]) if self.form == "auto" else self.form
         if form == "absorbed":
             q, k = self._absorb(q, wk), keys.latent[:, :, None]
@@ -200,7 +200,7 @@ class MLA(nn.Module):
 
     def _cheaper(self, queries: int, keys: int) -> str:
         """The form that multiplies less, by the formulas above."""
-        remake, wide = self.kv_rank * (self.nope_dim + self.value_dim), 2 * self.kv_rank + self.rope_dim
+        remake, wide = self.kv_rank * (self.nope_dim + self.value_dim), 2 * (self.kv_rank + self.rope_dim)
         expanded = keys * remake + queries * keys * (self.nope_dim + self.rope_dim + self.value_dim)
         return "absorbed" if queries * remake + queries * keys * wide < expanded else "expanded"
 
@@ -223,10 +223,10 @@ class MLA(nn.Module):
         """Forward flops a token in rows of `length` tokens, expanded, beyond 2 a parameter."""
         return 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim) * self._seen(length)
 
-    def _seen(self, length: int) -> float:
-        """Keys that the mask shows a query, on average."""
-        reach = self.mask.reach()
-        return (length + 1) / 2 if reach is None or reach > length else reach - reach * (reach - 1) / (2 * length)
+    def _seen(self, length: int, most: int | None = None) -> float:
+        """Keys that the mask shows a query, on average; of each query's at most `most` count."""
+        bounds = [bound for bound in (self.mask.reach(), most, length) if bound is not None]
+        return min(bounds) - min(bounds) * (min(bounds) - 1) / (2 * length)
 
     @classmethod
     def examples(cls) -> dict[str, MLA]:
