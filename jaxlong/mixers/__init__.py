@@ -1,7 +1,9 @@
 """The menu of sequence mixers: one file a mechanism, one line each."""
 
 from jaxlong.mixers.base import SequenceMixer
+from jaxlong.mixers.dsa import DSA
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.mla import MLA
 from jaxlong.mixers.rwkv4 import RWKV4
 from jaxlong.mixers.rwkv6 import RWKV6
 from jaxlong.mixers.rwkv7 import RWKV7
@@ -16,11 +18,15 @@ MIXERS = {
     "rwkv_channel_mix": RWKVChannelMix,
     "ttt_linear": TTTLinear,
     "ttt_mlp": TTTMLP,
+    "mla": MLA,
+    "dsa": DSA,
 }
 
 __all__ = [
+    "DSA",
     "GQA",
     "MIXERS",
+    "MLA",
     "RWKV4",
     "RWKV6",
     "RWKV7",
