@@ -87,7 +87,7 @@ def attend_selected(
     Raises:
         BadInput: heads that do not fit each other, or segments on one side only.
     """
-    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
+    (H, C), (S, K) = q.shape[2:], k.shape[1:3]
     groups = selection.indices.shape[2]
     if H % K:
         raise BadInput("heads", H, f"not a multiple of the {K} key heads", "each key head serves equally many queries")

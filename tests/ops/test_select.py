@@ -89,18 +89,17 @@ def case(name):
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     q, k, v, selection, settings, query_block, weigh = case(name)
-    run = jax.jit(lambda q, k, v: attend_selected(q, k, v, selection, query_block=query_block, **settings))
-    out, lse = run(q, k, v)
     want_out, want_lse, want_grads = naive(q, k, v, selection, weigh=weigh, **settings)
+
+    def loss(q, k, v):
+        out, lse = attend_selected(q, k, v, selection, query_block=query_block, **settings)
+        return (out * weigh[0]).sum() + jnp.where(lse == -jnp.inf, 0, lse * weigh[1]).sum(), (out, lse)
+
+    grads, (out, lse) = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
     np.testing.assert_allclose(out, want_out, atol=2e-6)
     np.testing.assert_allclose(lse, want_lse, atol=2e-6)
     assert np.isneginf(lse).any() or name == "one"  # some query sees nothing
-
-    def loss(q, k, v):
-        out, lse = run(q, k, v)
-        return (out * weigh[0]).sum() + jnp.where(lse == -jnp.inf, 0, lse * weigh[1]).sum()
-
-    for got, want in zip(jax.grad(loss, (0, 1, 2))(q, k, v), want_grads, strict=True):
+    for got, want in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -111,7 +110,8 @@ def test_everything_selected_is_full_attention(block):
     selection = Selection(every, jnp.ones(every.shape, bool))
     del settings["block"]
     full = attend_with_lse(q, k, v, **settings)
-    for got, want in zip(attend_selected(q, k, v, selection, block=block, **settings), full, strict=True):
+    chosen = jax.jit(lambda q, k, v: attend_selected(q, k, v, selection, block=block, **settings))(q, k, v)
+    for got, want in zip(chosen, full, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -133,12 +133,12 @@ def test_spans_go_around_a_ring():
 def test_what_is_not_seen_changes_nothing():
     """NaN in keys of the future and of other documents, in values and in gradients."""
     q, k, v, selection, settings, query_block, _ = case("latents")
-    run = lambda q, k, v: attend_selected(q, k, v, selection, query_block=query_block, **settings)
+    run = jax.jit(lambda q, k, v: attend_selected(q, k, v, selection, query_block=query_block, **settings))
     part = slice(0, 5)
     clean = run(q, k, v)[0][:, part]
     spoilt = [x.at[:, 5:].set(jnp.nan) for x in (k, v)]
     np.testing.assert_array_equal(run(q, *spoilt)[0][:, part], clean)
-    grad = jax.grad(lambda q, k, v: run(q, k, v)[0][:, part].sum(), (0, 1, 2))
+    grad = jax.jit(jax.grad(lambda q, k, v: run(q, k, v)[0][:, part].sum(), (0, 1, 2)))
     for a, b in zip(grad(q, *spoilt), grad(q, k, v), strict=True):
         np.testing.assert_array_equal(a[:, part], b[:, part])
 
