@@ -2,7 +2,8 @@
 
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.moba import MoBA
 
-MIXERS = {"gqa": GQA}
+MIXERS = {"gqa": GQA, "moba": MoBA}
 
-__all__ = ["GQA", "MIXERS", "SequenceMixer"]
+__all__ = ["GQA", "MIXERS", "MoBA", "SequenceMixer"]
