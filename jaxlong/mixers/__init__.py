@@ -4,6 +4,7 @@ from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.dsa import DSA
 from jaxlong.mixers.gqa import GQA
 from jaxlong.mixers.mla import MLA
+from jaxlong.mixers.moba import MoBA
 from jaxlong.mixers.rwkv4 import RWKV4
 from jaxlong.mixers.rwkv6 import RWKV6
 from jaxlong.mixers.rwkv7 import RWKV7
@@ -20,6 +21,7 @@ MIXERS = {
     "ttt_mlp": TTTMLP,
     "mla": MLA,
     "dsa": DSA,
+    "moba": MoBA,
 }
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "GQA",
     "MIXERS",
     "MLA",
+    "MoBA",
     "RWKV4",
     "RWKV6",
     "RWKV7",

@@ -123,19 +123,19 @@ def check_state(mixer: Any, state: State, x: Float[Array, "B T D"]) -> None:
     """Refuse a state that `mixer.init_state` would not make for inputs like x.
 
     Lengths of caches are free, all else is not: sizes that differ between the states for one token and
-    for two are lengths.
+    for a million are lengths.
 
     Raises:
         BadInput: the first array that differs in kind, type or shape.
     """
     batch, _, width = x.shape
     make = lambda n: mixer.init_state(batch, n, width=width, max_chunk=n, dtype=x.dtype)
-    one, two = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2))
+    one, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2**20))
     here = jax.tree.structure(one)
     if jax.tree.structure(state) != here:
         raise BadInput("state", jax.tree.structure(state), f"{type(mixer).__name__} keeps another", str(here))
     for (path, a), b, given in zip(
-        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), jax.tree.leaves(state), strict=True
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(many), jax.tree.leaves(state), strict=True
     ):
         fits = len(given.shape) == len(a.shape) and all(
             size == n or n != m for size, n, m in zip(given.shape, a.shape, b.shape, strict=True)
