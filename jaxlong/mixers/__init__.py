@@ -2,7 +2,16 @@
 
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.infini import InfiniAttention
 
-MIXERS = {"gqa": GQA}
+MIXERS = {
+    "gqa": GQA,
+    "infini": InfiniAttention,
+}
 
-__all__ = ["GQA", "MIXERS", "SequenceMixer"]
+__all__ = [
+    "GQA",
+    "MIXERS",
+    "InfiniAttention",
+    "SequenceMixer",
+]
