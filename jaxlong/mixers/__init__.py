@@ -3,6 +3,7 @@
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.dsa import DSA
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.infini import InfiniAttention
 from jaxlong.mixers.mla import MLA
 from jaxlong.mixers.moba import MoBA
 from jaxlong.mixers.rwkv4 import RWKV4
@@ -22,11 +23,13 @@ MIXERS = {
     "mla": MLA,
     "dsa": DSA,
     "moba": MoBA,
+    "infini": InfiniAttention,
 }
 
 __all__ = [
     "DSA",
     "GQA",
+    "InfiniAttention",
     "MIXERS",
     "MLA",
     "MoBA",

@@ -104,11 +104,31 @@ def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"]) -> Float[Array, 
     return (wide * scale).astype(x.dtype)
 
 
+def to_heads(
+    module: nn.Module, name: str, x: Float[Array, "B T D"], heads: int, head_dim: int, axis: str = "heads"
+) -> Float[Array, "B T H C"]:
+    """x times the projection `name` [D H C]; `axis` is "kv_heads" for keys and values."""
+    shape, axes = (x.shape[-1], heads, head_dim), ("embed", axis, "head_dim")
+    return jnp.einsum("btd,dhc->bthc", x, projection(module, name, shape, axes, inputs=1, dtype=x.dtype))
+
+
+def from_heads(module: nn.Module, name: str, o: Float[Array, "B T H C"], width: int) -> Float[Array, "B T D"]:
+    """o times the projection `name` [H C D]: the heads joined again."""
+    shape, axes = (*o.shape[2:], width), ("heads", "head_dim", "embed")
+    return jnp.einsum("bthc,hcd->btd", o, projection(module, name, shape, axes, inputs=2, dtype=o.dtype))
+
+
 def require(module: Any, least: int, *names: str) -> None:
     """Refuse a module whose integer fields are below `least`."""
     for name in names:
         if getattr(module, name) < least:
             raise BadInput(name, getattr(module, name), "is too small", f"{least} or more")
+
+
+def require_one_of(module: Any, name: str, *allowed: str) -> None:
+    """Refuse a module whose field `name` is none of the allowed values."""
+    if getattr(module, name) not in allowed:
+        raise BadInput(name, getattr(module, name), "no such value", f"one of {', '.join(allowed)}")
 
 
 def require_divides(module: Any, part: str, whole: str) -> None:
