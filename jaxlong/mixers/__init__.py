@@ -2,7 +2,8 @@
 
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.short_conv import ShortConv
 
-MIXERS = {"gqa": GQA}
+MIXERS = {"gqa": GQA, "short_conv": ShortConv}
 
-__all__ = ["GQA", "MIXERS", "SequenceMixer"]
+__all__ = ["GQA", "MIXERS", "SequenceMixer", "ShortConv"]
