@@ -20,7 +20,7 @@ from typing import Any
 
 from jaxlong.core import mask, position
 from jaxlong.core.types import BadInput
-from jaxlong.data import SOURCES, TOKENIZERS, Data, Packed, Samples
+from jaxlong.data import MQAR, SOURCES, TOKENIZERS, Data, Packed, Samples
 from jaxlong.evals import TASKS
 from jaxlong.layers.mlp import FEED_FORWARDS
 from jaxlong.layers.moe import MIXTURES
@@ -87,7 +87,7 @@ def _by_class_name(*classes: type) -> dict[str, type]:
 
 
 REGISTRY: Mapping[str, type] = _by_class_name(
-    Experiment, Train, Evaluation, Data, Packed, Samples, LM, Layer, Backend,
+    Experiment, Train, Evaluation, Data, Packed, Samples, MQAR, LM, Layer, Backend,
     *MIXERS.values(), *FEED_FORWARDS.values(), *MIXTURES.values(), *mask.MASKS.values(),
     *position.POSITIONS.values(), *position.SCALINGS.values(),
     *SOURCES.values(), *TOKENIZERS.values(), *TASKS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(),
@@ -95,26 +95,26 @@ REGISTRY: Mapping[str, type] = _by_class_name(
 """Every class that a stored or overridden configuration may name."""
 
 
-def load(path: str) -> Experiment:
-    """Run `config()` of a Python file. Raises BadInput if there is no such file or it makes no Experiment."""
+def load(path: str, kind: type = Experiment) -> Any:
+    """Run `config()` of a Python file. Raises BadInput if there is no such file or it makes no `kind`."""
     file = Path(path)
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.py")], 1, 0.3)
         raise BadInput("config", path, "no such file", f"nearest: {file.parent / near[0]}" if near else "a Python file")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise BadInput("config", path, "is no Python file", "configs/<name>.py with config() -> Experiment")
+        raise BadInput("config", path, "is no Python file", f"configs/<name>.py with config() -> {kind.__name__}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise BadInput("config", path, f"line {error.lineno}: {error.msg}", "valid Python") from None
     if not callable(getattr(module, "config", None)):
-        raise BadInput("config", path, "has no function config()", "def config() -> Experiment")
-    experiment = module.config()
-    if not isinstance(experiment, Experiment):
-        raise BadInput("config", path, f"config() returned {type(experiment).__name__}", "an Experiment")
-    return experiment
+        raise BadInput("config", path, "has no function config()", f"def config() -> {kind.__name__}")
+    made = module.config()
+    if not isinstance(made, kind):
+        raise BadInput("config", path, f"config() returned {type(made).__name__}", f"a value of {kind.__name__}")
+    return made
 
 
 # Data ---------------------------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ def describe_type(hint: Any) -> str:
 # Overrides ----------------------------------------------------------------------------------------------
 
 
-def override(experiment: Experiment, path: str, text: str) -> Experiment:
-    """The experiment with the field at a dotted path replaced.
+def override(experiment: Any, path: str, text: str) -> Any:
+    """The experiment, or any other value made of dataclasses, with the field at a dotted path replaced.
 
     `text` is a Python literal, a word, or a registered type: `train.steps=200`, `model.dtype=bfloat16`,
     `model.pattern.0.position.scaling=Yarn(factor=4, original=128)`. A path goes through fields and the

@@ -10,6 +10,7 @@ from jaxlong.mixers.rwkv4 import RWKV4
 from jaxlong.mixers.rwkv6 import RWKV6
 from jaxlong.mixers.rwkv7 import RWKV7
 from jaxlong.mixers.rwkv_channel_mix import RWKVChannelMix
+from jaxlong.mixers.short_conv import ShortConv
 from jaxlong.mixers.ttt import TTTMLP, TTTLinear
 
 MIXERS = {
@@ -24,6 +25,7 @@ MIXERS = {
     "dsa": DSA,
     "moba": MoBA,
     "infini": InfiniAttention,
+    "short_conv": ShortConv,
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "RWKV7",
     "RWKVChannelMix",
     "SequenceMixer",
+    "ShortConv",
     "TTTLinear",
     "TTTMLP",
 ]
