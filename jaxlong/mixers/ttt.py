@@ -203,7 +203,7 @@ class TTTLinear(nn.Module):
     @classmethod
     def examples(cls) -> dict[str, TTTLinear]:
         """Small settings that cover the fields; the laws and the benchmark run on each."""
-        small = cls(heads=2, head_dim=4, mini_batch=4)
+        small = cls(heads=2, head_dim=8, mini_batch=4)
         return {"linear": small, "mamba": small.clone(mini_batch=5, conv=3, gate=True, position=NoPE())}
 
 
@@ -234,5 +234,4 @@ class TTTMLP(TTTLinear):
     @classmethod
     def examples(cls) -> dict[str, TTTMLP]:
         """Small settings that cover the fields; the laws and the benchmark run on each."""
-        small = cls(heads=2, head_dim=4, mini_batch=4)
-        return {"mlp": small, "mamba": small.clone(mini_batch=5, conv=3, gate=True, position=NoPE(), expansion=2)}
+        return {"mlp": cls(heads=2, head_dim=8, mini_batch=4, conv=3, gate=True, expansion=2)}
