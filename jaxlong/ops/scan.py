@@ -104,7 +104,7 @@ def _scalar_step(s: Array, q: Array, k: Array, v: Array, g: Array | None, docume
 
     `before`: tokens read the state before their own update.
     """
-    (batch, groups, length, _), shape = q.shape, v.shape
+    groups, length, shape = *q.shape[1:3], v.shape
     grouped = lambda x: x.reshape(x.shape[0], groups, -1, *x.shape[2:])
     if g is None:
         g = jnp.zeros((1, v.shape[1], length), jnp.float32)
