@@ -37,4 +37,4 @@ MODEL = LM(
 
 
 def config() -> Experiment:
-    return published(MODEL, length=131072, batch=480, mesh="fsdp=-1", peak=7.3e-6)
+    return published(MODEL, length=131072, batch=480, mesh="fsdp=32,seq=-1", peak=7.3e-6)

@@ -19,4 +19,4 @@ MODEL = LLAMA.clone(
 
 
 def config() -> Experiment:
-    return published(MODEL, length=1048576, batch=4, mesh="fsdp=-1", peak=1e-5)
+    return published(MODEL, length=1048576, batch=4, mesh="fsdp=4,seq=-1", peak=1e-5)

@@ -1,7 +1,7 @@
 """What configurations at published sizes share: how they are trained and where; the corpus is yours to put in.
 
-Their models can be looked at as shapes on any machine (parameters, states, memory); training takes the accelerators that
-the mesh names. `python -m experiments.pretrain --config=configs/llama3_8b.py --workdir=DIR --mesh=... \\
+Their models can be looked at as shapes on any machine (parameters, states, memory); training takes the accelerators
+that the mesh names. `python -m experiments.pretrain --config=configs/llama3_8b.py --workdir=DIR --mesh=... \\
 --config.data.mixture='(Packed(source=JsonLines(path="shards/*.jsonl")),)'` trains on your own text.
 """
 
