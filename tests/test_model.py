@@ -15,11 +15,12 @@ from jaxlong.core.position import PI, Alibi, NoPE, Yarn
 from jaxlong.core.state import nbytes
 from jaxlong.core.types import BadInput, Batch
 from jaxlong.layers.mlp import Gelu, SwiGLU
+from jaxlong.layers.moe import MoE
 from jaxlong.mixers import GQA
-from jaxlong.model import LM, extend, init_params, logical_axes
+from jaxlong.model import LM, Block, Layer, extend, init_params, logical_axes
 from jaxlong.ops.attend import Backend
 from jaxlong.parallel.memory import POLICIES
-from jaxlong.train.grads import next_token_loss
+from jaxlong.train.grads import ahead, next_token_loss
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -92,14 +93,12 @@ def test_blockwise_feed_forward_changes_no_value(block, params):
 
 def test_blocks_and_scan_equal_a_loop_over_layers(params):
     """The scanned pattern equals its blocks applied one after another."""
-    from jaxlong.model import Block
-
     x = params["embed"][TOKENS] * 4.0
     positions = batch().positions
     for group in range(2):
         for i, mixer in enumerate(MODEL.pattern):
             weights = jax.tree.map(lambda leaf, g=group: leaf[g], params["layers"][f"block_{i}"])
-            x, _ = Block(mixer, MODEL.mlp, 0).apply({"params": weights}, x, positions, None, None)
+            x, _, _ = Block(mixer, MODEL.mlp, 0).apply({"params": weights}, x, positions, None, None)
     x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * params["norm"]["scale"]
     close(logits(MODEL, params), x @ params["head"], 1e-5)
 
@@ -174,3 +173,84 @@ def test_masks_are_not_stored_a_layer(remat):
 def test_refused(change, say):
     with pytest.raises(BadInput, match=re.escape(say)):
         MODEL.clone(**change)
+
+
+MIX = LM(
+    vocab=32,
+    width=16,
+    depth=5,
+    before=(Layer(GLOBAL, SwiGLU(hidden=40)),),
+    pattern=(LOCAL, Layer(GLOBAL, Gelu(hidden=8))),
+    after=(LOCAL, LOCAL),
+    mlp=MoE(hidden=8, experts=4, top_k=2, shared=1, router="sigmoid", bias_rate=0.01),
+    mtp=2,
+)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Random parameters of MIX, drawn without compiling an initialisation."""
+    shapes, rng = jax.eval_shape(lambda: init_params(MIX, jax.random.key(0))), np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
+
+
+def test_layers_around_the_pattern(mixed):
+    """Blocks before, scanned and after equal a loop over all of them; states continue."""
+    weights = mixed
+    x, positions = weights["embed"][TOKENS] * 4.0, batch().positions
+    names = [
+        ("first_layers", 0, None),
+        ("layers", 0, 0),
+        ("layers", 1, 0),
+        ("last_layers", 0, None),
+        ("last_layers", 1, None),
+    ]
+    assert len(MIX.blocks) == MIX.depth == len(names)
+    for (mixer, mlp), (group, block, index) in zip(MIX.blocks, names, strict=True):
+        leaves = weights[group][f"block_{block}"]
+        leaves = leaves if index is None else jax.tree.map(lambda leaf, i=index: leaf[i], leaves)
+        x, _, _ = Block(mixer, mlp, 0).apply({"params": leaves}, x, positions, None, None)
+    x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * weights["norm"]["scale"]
+    whole = logits(MIX, weights)
+    close(whole, x @ weights["head"], 1e-5)
+    state = MIX.init_state(2, 12, max_chunk=7)
+    first, state = MIX.apply({"params": weights}, TOKENS[:, :5], positions=positions[:, :5], state=state)
+    second, _ = MIX.apply({"params": weights}, TOKENS[:, 5:], positions=positions[:, 5:], state=state)
+    close(jnp.concatenate([first, second], 1), whole, 1e-5)
+
+
+def test_loss_adds_what_layers_tell_and_multi_token_prediction(mixed):
+    loss_fn = next_token_loss(MIX, chunk=8, mtp_weight=0.5)
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(mixed, batch())
+    np.testing.assert_allclose(loss, metrics["nll"] + 0.5 * metrics["mtp_nll"], rtol=1e-6)  # the bias's loss is 0
+    assert 1 <= metrics["expert_load"] <= 4
+    bias = grads["layers"]["block_0"]["mlp"]["selection_bias"]
+    np.testing.assert_allclose(np.abs(bias)[bias != 0], 0.01, rtol=1e-6)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads["ahead_0"]))
+
+
+def test_ahead_sees_only_its_own_document():
+    tokens = jnp.asarray([[1, 2, 3, 4, 5, 6]])
+    rows = Batch(
+        tokens, jnp.asarray([[2, 3, 0, 5, 6, 0]]), tokens, jnp.asarray([[1, 1, 1, 2, 2, 2]]),
+        jnp.asarray([[1.0, 1, 0, 1, 1, 0]]),
+    )  # fmt: skip
+    future = ahead(rows, 2)
+    np.testing.assert_array_equal(future.tokens[0], [[2, 3, 0, 5, 6, 0]])
+    np.testing.assert_array_equal(future.weights, [[[1, 0, 0, 1, 0, 0]], [[0] * 6]])
+    assert future.targets[0, 0, 0] == 3 and future.targets[0, 0, 3] == 6
+
+
+def test_multi_token_prediction_is_causal(mixed):
+    weights, rows = mixed, batch()
+
+    def features(rows):
+        hidden, _ = MIX.apply({"params": weights}, rows.tokens, positions=rows.positions, method="features")
+        following = ahead(rows, 2).tokens
+        return MIX.apply({"params": weights}, hidden, following, positions=rows.positions, method="features_ahead")
+
+    changed = rows._replace(targets=rows.targets.at[:, 8].set((rows.targets[:, 8] + 1) % 32))
+    a, b = jax.jit(features)(rows), jax.jit(features)(changed)
+    np.testing.assert_array_equal(a[0, :, :8], b[0, :, :8])  # depth 1 reads target 8 at token 8
+    np.testing.assert_array_equal(a[1, :, :7], b[1, :, :7])  # depth 2 at token 7
+    assert np.abs(a[1, :, 7] - b[1, :, 7]).max() > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -28,32 +29,55 @@ def join(x: Array, length: int) -> Array:
 
 
 def decayed_scores(
-    q: Float[Array, "*B C K"], k: Float[Array, "*B C K"], b: Float[Array, "*B C K"], *, block: int = 16
+    q: Float[Array, "*B C K"], k: Float[Array, "*B C K"], b: Float[Array, "*B C K"]
 ) -> Float[Array, "*B C C"]:
     """A_ij = sum_c q_ic k_jc exp(b_ic - b_jc) for j <= i, and 0 above the diagonal, for decays of any strength.
 
-    Splitting exp(b_i - b_j) into exp(b_i) exp(-b_j) overflows once a chunk decays by e^-88. Here pairs in
-    different blocks of rows split at the first row r of i's block, exp(b_i - b_r) exp(b_r - b_j), where both
-    factors are at most 1; pairs in one block keep their difference.
+    Splitting exp(b_i - b_j) into exp(b_i) exp(-b_j) overflows once a chunk decays by e^-88. Here the rows are
+    halved again and again: a pair that a cut at row r separates is split there, exp(b_i - b_r) exp(b_r - b_j),
+    where both factors are at most 1. That is one matrix product and one exp an element at each level.
 
     Args:
-        b: cumulated log decays, non-increasing along C.
-        block: rows a block.
+        b: cumulated log decays, finite and non-increasing along C.
     """
-    length, block = q.shape[-2], min(block, q.shape[-2])
-    count = -(-length // block)
-    pad = [(0, 0)] * (q.ndim - 2) + [(0, count * block - length), (0, 0)]
-    blocks = lambda x, mode: jnp.pad(x, pad, mode=mode).reshape(*x.shape[:-2], count, block, x.shape[-1])
-    q, k, b = blocks(q, "constant"), blocks(k, "constant"), blocks(b, "edge")
+    length = q.shape[-2]
+    pad = [(0, 0)] * (q.ndim - 2) + [(0, _power_of_two(length) - length), (0, 0)]
+    q, k, b = jnp.pad(q, pad), jnp.pad(k, pad), jnp.pad(b, pad, mode="edge")
+    return _scores(q, k, b)[..., :length, :length]
 
-    lower = jnp.tril(jnp.ones((block, block), bool))[..., None]
-    decay = jnp.exp(jnp.where(lower, b[..., :, None, :] - b[..., None, :, :], -jnp.inf))
-    own = jnp.einsum("...ic,...jc,...ijc->...ij", q, k, decay)
-    if count == 1:
-        return own[..., 0, :length, :length]
-    row = b[..., :1, :]
-    before = jnp.tril(jnp.ones((count, count), bool), -1)[..., None, None]
-    rest = jnp.exp(jnp.where(before, row[..., :, None, :, :] - b[..., None, :, :, :], -jnp.inf))
-    scores = jnp.einsum("...mic,...njc,...mnjc->...minj", q * jnp.exp(b - row), k, rest)
-    scores += own[..., None, :] * jnp.eye(count)[:, None, :, None]
-    return scores.reshape(*scores.shape[:-4], count * block, count * block)[..., :length, :length]
+
+def _power_of_two(length: int) -> int:
+    """The least power of two that is at least `length`."""
+    return 1 << (length - 1).bit_length()
+
+
+def _halving(q: Array, k: Array, b: Array) -> Array:
+    """The scores of a power of two of rows: blocks on the diagonal grow from one row to all."""
+    scores = jnp.sum(q * k, axis=-1)[..., None, None]  # [... C 1 1]
+    rows = 1
+    while rows < q.shape[-2]:
+        halves = lambda x, r=rows: jnp.moveaxis(x.reshape(*x.shape[:-2], -1, 2, r, x.shape[-1]), -3, 0)
+        first = halves(b)[1][..., :1, :]
+        late = halves(q)[1] * jnp.exp(halves(b)[1] - first)
+        early = halves(k)[0] * jnp.exp(first - halves(b)[0])
+        across = jnp.einsum("...ic,...jc->...ij", late, early)
+        top = jnp.concatenate([scores[..., 0::2, :, :], jnp.zeros_like(across)], axis=-1)
+        scores = jnp.concatenate([top, jnp.concatenate([across, scores[..., 1::2, :, :]], axis=-1)], axis=-2)
+        rows *= 2
+    return scores[..., 0, :, :]
+
+
+def _scores_forward(q: Array, k: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _halving(q, k, b), (q, k, b)
+
+
+def _scores_backward(saved: tuple[Array, Array, Array], d_scores: Array) -> tuple[Array, Array, Array]:
+    """b stands beside q as exp(b_i) and beside k as exp(-b_j), so its gradient is q dq - k dk."""
+    q, k, b = saved
+    _, pull = jax.vjp(lambda q, k: _halving(q, k, b), q, k)
+    dq, dk = pull(d_scores)
+    return dq, dk, q * dq - k * dk
+
+
+_scores = jax.custom_vjp(_halving)
+_scores.defvjp(_scores_forward, _scores_backward)

@@ -1,0 +1,250 @@
+"""Delta rules in chunks: a matrix state that reads what it holds under a key before it writes there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from jaxlong.ops.chunks import decayed_scores, join, split
+
+GROUP = 16
+"""Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""
+
+
+def delta_rule(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None,
+    beta: Float[Array, "B T H"],
+    *,
+    s0: Float[Array, "B H K V"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The gated delta rule in chunks, the same for any chunk up to rounding.
+
+        S_t = (I - beta_t k_t k_t^T) Diag(exp(log_decay_t)) S_(t-1) + beta_t k_t v_t^T
+        o_t = S_t^T q_t
+
+    Yang et al., arXiv 2406.06484 (chunks) and 2412.06464 (a decay a head); Kimi Linear, arXiv 2510.26692 (a decay
+    a channel). Memory is linear in T; with a state and T = 1 this is one step of the recurrence.
+
+    Args:
+        q, k: queries, scaled by the caller, and keys, of norm at most 1.
+        log_decay: finite, at most 0, one a head or one a channel; None is 0.
+        beta: strength of the write, 0 to 2; 0 leaves the state.
+        s0: float32 state before the first token; None is 0.
+        resets: tokens before which the state becomes 0, such as the first of each document.
+        chunk: tokens that are worked on as matrices.
+
+    Returns:
+        o, of v's type, and the float32 state after the last token.
+    """
+    decay = jnp.zeros_like(beta) if log_decay is None else log_decay
+    decay = decay if decay.ndim == 4 else decay[..., None]
+    return _run(_delta_step, _delta_chunks, (q, k, v, decay, beta[..., None]), v, s0, resets, chunk)
+
+
+def generalized_delta_rule(
+    r: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H K"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    *,
+    s0: Float[Array, "B H K V"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """A decay a channel plus a matrix of rank one, in chunks, the same for any chunk up to rounding.
+
+        S_t = Diag(exp(log_decay_t)) S_(t-1) + b_t (a_t^T S_(t-1)) + k_t v_t^T
+        o_t = S_t^T r_t
+
+    Note that a reads the state before its decay. Peng et al., arXiv 2503.14456 (RWKV-7: a = -kappa, b = kappa
+    times a rate). The other arguments and the results are those of `delta_rule`.
+    """
+    return _run(_generalized_step, _generalized_chunks, (r, k, v, log_decay, a, b), v, s0, resets, chunk)
+
+
+class _Chunks(NamedTuple):
+    """What chunks do to the state S at their entry: o = out + read S, and S becomes keep S + mix S + add."""
+
+    out: Array  # [... C V]
+    read: Array  # [... C K]
+    keep: Array  # [... K 1] or [... 1 1]
+    mix: Array  # [... K K]
+    add: Array  # [... K V]
+
+
+class _Documents(NamedTuple):
+    """Documents as masks in chunks: who meets whom, who meets the state at the entry, who that at the exit."""
+
+    pairs: Array  # [... C C] i may see j <= i
+    enter: Array  # [... C 1]
+    leave: Array  # [... C 1]
+    whole: Array  # [... 1 1] no reset in the chunk
+
+
+def _documents(resets: Array | None, chunk: int) -> _Documents:
+    """The masks from resets `[N B C]`, with an axis for heads; all true where there are none."""
+    lower = jnp.tril(jnp.ones((chunk, chunk), bool))
+    if resets is None:
+        return _Documents(lower, jnp.ones((chunk, 1), bool), jnp.ones((chunk, 1), bool), jnp.ones((1, 1), bool))
+    index = jnp.cumsum(resets, axis=-1)[:, :, None, :, None]
+    last = index[..., -1:, :]
+    return _Documents(lower & (index == jnp.swapaxes(index, -1, -2)), index == 0, index == last, last == 0)
+
+
+def _run(
+    step: Callable[..., tuple[Array, Array]],
+    local: Callable[..., _Chunks],
+    tokens: tuple[Array, ...],
+    v: Array,
+    s0: Array | None,
+    resets: Array | None,
+    chunk: int,
+) -> tuple[Array, Array]:
+    """Apply `step` to one token, or `local` to groups of chunks and the result to the state, chunk by chunk."""
+    batch, length, heads, key_dim = tokens[0].shape
+    tokens = tuple(x.astype(jnp.float32) for x in tokens)
+    s = jnp.zeros((batch, heads, key_dim, v.shape[-1]), jnp.float32) if s0 is None else s0
+    if length == 1:
+        s = s if resets is None else jnp.where(resets[:, :, None, None], 0, s)
+        o, s = step(*(x[:, 0] for x in tokens), s)
+        return o[:, None].astype(v.dtype), s
+
+    def group(s: Array, tokens_and_resets: tuple) -> tuple[Array, Array]:
+        tokens, resets = jax.tree.map(lambda x: split(x, chunk), tokens_and_resets)
+        chunks = local(*(jnp.swapaxes(x, 2, 3) for x in tokens), _documents(resets, chunk))
+        s, entry = jax.lax.scan(_advance, s, (chunks.keep, chunks.mix, chunks.add))
+        o = chunks.out + chunks.read @ entry
+        return s, join(jnp.swapaxes(o, 2, 3), o.shape[0] * chunk)
+
+    chunk = min(chunk, length)
+    group_length = min(GROUP, -(-length // chunk)) * chunk
+    groups = jax.tree.map(lambda x: split(x, group_length), (tokens, resets))
+    s, o = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), s, groups)
+    return join(o, length).astype(v.dtype), s
+
+
+def _advance(s: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    keep, mix, add = chunk
+    return keep * s + jnp.matmul(mix, s, precision="highest") + add, s
+
+
+def _delta_step(q: Array, k: Array, v: Array, decay: Array, beta: Array, s: Array) -> tuple[Array, Array]:
+    s = jnp.exp(decay)[..., None] * s
+    write = beta * (v - jnp.einsum("bhk,bhkv->bhv", k, s))
+    s = s + k[..., None] * write[..., None, :]
+    return jnp.einsum("bhk,bhkv->bhv", q, s), s
+
+
+def _generalized_step(r: Array, k: Array, v: Array, decay: Array, a: Array, b: Array, s: Array) -> tuple[Array, Array]:
+    held = jnp.einsum("bhk,bhkv->bhv", a, s)
+    s = jnp.exp(decay)[..., None] * s + b[..., None] * held[..., None, :] + k[..., None] * v[..., None, :]
+    return jnp.einsum("bhk,bhkv->bhv", r, s), s
+
+
+def _delta_chunks(q: Array, k: Array, v: Array, decay: Array, beta: Array, docs: _Documents) -> _Chunks:
+    """A token writes k_i p_i^T with p = beta (v - k's decayed reading): what it reads of this chunk, of S."""
+    total = jnp.cumsum(decay, axis=-2)
+    enter, leave, keep = _gates(total, docs)
+    earlier = jnp.where(docs.pairs, jnp.tril(_scores(k, k, total), -1), 0)
+    seen = jnp.where(docs.pairs, _scores(q, k, total), 0)
+    p, by_s = _solve(-beta * earlier, beta * v, -beta * k * enter)
+    write = jnp.swapaxes(k * leave, -1, -2)
+    return _Chunks(seen @ p, q * enter + seen @ by_s, keep, write @ by_s, write @ p)
+
+
+def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b: Array, docs: _Documents) -> _Chunks:
+    """A token writes b_i p_i^T + k_i v_i^T, where p is a's reading; a_i reads with the decays of row i - 1."""
+    total = jnp.cumsum(decay, axis=-2)
+    enter, leave, keep = _gates(total, docs)
+    before = docs.enter * jnp.exp(_down(total))
+    a_up = jnp.roll(a, -1, axis=-2)
+    read_b = jnp.where(docs.pairs, _down(_scores(a_up, b, total)), 0)
+    read_k = jnp.where(docs.pairs, _down(_scores(a_up, k, total)), 0)
+    seen_b = jnp.where(docs.pairs, _scores(r, b, total), 0)
+    seen_k = jnp.where(docs.pairs, _scores(r, k, total), 0)
+    p, by_s = _solve(read_b, read_k @ v, a * before)
+    write_b, write_k = (jnp.swapaxes(x * leave, -1, -2) for x in (b, k))
+    return _Chunks(
+        out=seen_b @ p + seen_k @ v,
+        read=r * enter + seen_b @ by_s,
+        keep=keep,
+        mix=write_b @ by_s,
+        add=write_b @ p + write_k @ v,
+    )
+
+
+def _down(x: Array) -> Array:
+    """Rows one further down, 0 in the first."""
+    return jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)])
+
+
+def _gates(total: Array, docs: _Documents) -> tuple[Array, Array, Array]:
+    """Decay from the entry to each row `[... C K]`, from each row to the exit, and of the state `[... K 1]`."""
+    end = total[..., -1:, :]
+    keep = jnp.swapaxes(docs.whole * jnp.exp(end), -1, -2)
+    return docs.enter * jnp.exp(total), docs.leave * jnp.exp(end - total), keep
+
+
+def _scores(q: Array, k: Array, total: Array) -> Array:
+    """q_i . k_j, decayed from j to i, where j <= i."""
+    if total.shape[-1] > 1:
+        return decayed_scores(q, k, total)
+    lower = jnp.tril(jnp.ones((q.shape[-2], q.shape[-2]), bool))
+    decay = jnp.exp(jnp.where(lower, total - jnp.swapaxes(total, -1, -2), -jnp.inf))
+    return jnp.einsum("...ic,...jc->...ij", q, k) * decay
+
+
+def _solve(lower: Array, p: Array, by_s: Array) -> tuple[Array, Array]:
+    """(I - lower)^-1 applied to both."""
+    both = jnp.matmul(_inverse(lower), jnp.concatenate([p, by_s], axis=-1), precision="highest")
+    return both[..., : p.shape[-1]], both[..., p.shape[-1] :]
+
+
+@jax.custom_vjp
+def _inverse(lower: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
+    """(I - lower)^-1 of strictly lower triangular matrices, float32.
+
+    Inverses of blocks on the diagonal grow from one row to all: [[P, 0], [Q X P, Q]] has the inverses P and Q
+    of two neighbours and what X = lower holds between them. The powers of a product of (I + lower^(2^m)) would
+    grow like binomials where keys repeat.
+    """
+    length = lower.shape[-1]
+    size = 1 << (length - 1).bit_length()
+    lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, size - length)] * 2)
+    inverse, rows = jnp.ones((*lower.shape[:-2], size, 1, 1)), 1
+    while rows < size:
+        count = size // (2 * rows)
+        blocks = lower.reshape(*lower.shape[:-2], count, 2 * rows, count, 2 * rows)
+        blocks = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        x = jnp.matmul(blocks[..., rows:, :rows], first, precision="highest")
+        x = jnp.matmul(second, x, precision="highest")
+        top = jnp.concatenate([first, jnp.zeros_like(x)], axis=-1)
+        inverse = jnp.concatenate([top, jnp.concatenate([x, second], axis=-1)], axis=-2)
+        rows *= 2
+    return inverse[..., 0, :length, :length]
+
+
+def _inverse_forward(lower: Array) -> tuple[Array, Array]:
+    inverse = _inverse(lower)
+    return inverse, inverse
+
+
+def _inverse_backward(inverse: Array, d_inverse: Array) -> tuple[Array]:
+    turned = jnp.swapaxes(inverse, -1, -2)
+    return (jnp.matmul(jnp.matmul(turned, d_inverse, precision="highest"), turned, precision="highest"),)
+
+
+_inverse.defvjp(_inverse_forward, _inverse_backward)
