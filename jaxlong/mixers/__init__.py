@@ -2,8 +2,13 @@
 
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.dsa import DSA
+from jaxlong.mixers.gla import GLA
 from jaxlong.mixers.gqa import GQA
 from jaxlong.mixers.infini import InfiniAttention
+from jaxlong.mixers.linear_attention import LinearAttention
+from jaxlong.mixers.mamba import Mamba
+from jaxlong.mixers.mamba2 import Mamba2
+from jaxlong.mixers.mamba3 import Mamba3
 from jaxlong.mixers.mla import MLA
 from jaxlong.mixers.moba import MoBA
 from jaxlong.mixers.rwkv4 import RWKV4
@@ -26,21 +31,31 @@ MIXERS = {
     "moba": MoBA,
     "infini": InfiniAttention,
     "short_conv": ShortConv,
+    "linear": LinearAttention,
+    "gla": GLA,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
 }
 
 __all__ = [
     "DSA",
+    "GLA",
     "GQA",
-    "InfiniAttention",
     "MIXERS",
     "MLA",
-    "MoBA",
     "RWKV4",
     "RWKV6",
     "RWKV7",
+    "TTTMLP",
+    "InfiniAttention",
+    "LinearAttention",
+    "Mamba",
+    "Mamba2",
+    "Mamba3",
+    "MoBA",
     "RWKVChannelMix",
     "SequenceMixer",
     "ShortConv",
     "TTTLinear",
-    "TTTMLP",
 ]
