@@ -2,9 +2,14 @@
 
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.dsa import DSA
+from jaxlong.mixers.gla import GLA
 from jaxlong.mixers.gqa import GQA
 from jaxlong.mixers.in_place_ttt import InPlaceTTT
 from jaxlong.mixers.infini import InfiniAttention
+from jaxlong.mixers.linear_attention import LinearAttention
+from jaxlong.mixers.mamba import Mamba
+from jaxlong.mixers.mamba2 import Mamba2
+from jaxlong.mixers.mamba3 import Mamba3
 from jaxlong.mixers.mla import MLA
 from jaxlong.mixers.moba import MoBA
 from jaxlong.mixers.rwkv4 import RWKV4
@@ -28,10 +33,16 @@ MIXERS = {
     "moba": MoBA,
     "infini": InfiniAttention,
     "short_conv": ShortConv,
+    "linear": LinearAttention,
+    "gla": GLA,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
 }
 
 __all__ = [
     "DSA",
+    "GLA",
     "GQA",
     "MIXERS",
     "MLA",
@@ -41,6 +52,10 @@ __all__ = [
     "TTTMLP",
     "InPlaceTTT",
     "InfiniAttention",
+    "LinearAttention",
+    "Mamba",
+    "Mamba2",
+    "Mamba3",
     "MoBA",
     "RWKVChannelMix",
     "SequenceMixer",
