@@ -3,7 +3,8 @@
 from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.gqa import GQA
 from jaxlong.mixers.moba import MoBA
+from jaxlong.mixers.nsa import NSA
 
-MIXERS = {"gqa": GQA, "moba": MoBA}
+MIXERS = {"gqa": GQA, "moba": MoBA, "nsa": NSA}
 
-__all__ = ["GQA", "MIXERS", "MoBA", "SequenceMixer"]
+__all__ = ["GQA", "MIXERS", "NSA", "MoBA", "SequenceMixer"]
