@@ -4,7 +4,8 @@ from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.gqa import GQA
 from jaxlong.mixers.moba import MoBA
 from jaxlong.mixers.nsa import NSA
+from jaxlong.mixers.routing import Routing
 
-MIXERS = {"gqa": GQA, "moba": MoBA, "nsa": NSA}
+MIXERS = {"gqa": GQA, "moba": MoBA, "nsa": NSA, "routing": Routing}
 
-__all__ = ["GQA", "MIXERS", "NSA", "MoBA", "SequenceMixer"]
+__all__ = ["GQA", "MIXERS", "NSA", "MoBA", "Routing", "SequenceMixer"]
