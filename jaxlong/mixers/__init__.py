@@ -12,6 +12,8 @@ from jaxlong.mixers.mamba2 import Mamba2
 from jaxlong.mixers.mamba3 import Mamba3
 from jaxlong.mixers.mla import MLA
 from jaxlong.mixers.moba import MoBA
+from jaxlong.mixers.nsa import NSA
+from jaxlong.mixers.routing import Routing
 from jaxlong.mixers.rwkv4 import RWKV4
 from jaxlong.mixers.rwkv6 import RWKV6
 from jaxlong.mixers.rwkv7 import RWKV7
@@ -38,27 +40,31 @@ MIXERS = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
+    "nsa": NSA,
+    "routing": Routing,
 }
 
 __all__ = [
     "DSA",
     "GLA",
     "GQA",
-    "MIXERS",
-    "MLA",
-    "RWKV4",
-    "RWKV6",
-    "RWKV7",
-    "TTTMLP",
     "InPlaceTTT",
     "InfiniAttention",
     "LinearAttention",
+    "MIXERS",
+    "MLA",
     "Mamba",
     "Mamba2",
     "Mamba3",
     "MoBA",
+    "NSA",
+    "RWKV4",
+    "RWKV6",
+    "RWKV7",
     "RWKVChannelMix",
+    "Routing",
     "SequenceMixer",
     "ShortConv",
     "TTTLinear",
+    "TTTMLP",
 ]
