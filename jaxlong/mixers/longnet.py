@@ -56,8 +56,6 @@ class LongNet(nn.Module):
         require_divides(self, "kv_heads", "heads")
         require_one_of(self, "offsets", *OFFSETS)
         require_one_of(self, "weights", *WEIGHTS)
-        if not all(isinstance(branch, tuple) and len(branch) == 2 for branch in self.branches):
-            raise BadInput("branches", self.branches, "not pairs", "((segment, rate), ...)")
         if 1 not in [dilated(*branch).rate for branch in self.branches]:
             raise BadInput("branches", self.branches, "some tokens are in none", "a rate of 1 in one of them")
         if isinstance(self.position, Rope):

@@ -120,7 +120,7 @@ def test_more_levels_keep_fewer_summaries():
         ({"segment": 1}, "segment: 1: is too small; 2 or more"),
         ({"levels": 1}, "levels: 1: is too small; 2 or more"),
         ({"summaries": 3}, r"summaries: 3: does not divide segment = 8; one of \[1, 2, 4, 8\]"),
-        ({"summaries": 8}, "summaries: 8: as many as tokens; up to segment / 2 = 4"),
+        ({"summaries": 8}, "summaries: 8: as many as tokens; at most segment / 2 = 4"),
         ({"kv_heads": 3}, "kv_heads: 3: does not divide heads = 4"),
     ],
 )

@@ -119,7 +119,6 @@ def test_gathering_costs_what_the_formula_says():
     [
         ({"branches": ((4, 2),)}, "branches: .*: some tokens are in none; a rate of 1 in one of them"),
         ({"branches": ((4, 1), (2, 3))}, "dilated.rate: 3: some heads would keep no token of a segment of 2; 1 to 2"),
-        ({"branches": ((4,),)}, "branches: .*: not pairs"),
         ({"offsets": "random"}, "offsets: random: no such value; one of cyclic, grouped"),
         ({"weights": "none"}, "weights: none: no such value; one of attached, detached"),
         ({"kv_heads": 3}, "kv_heads: 3: does not divide heads = 4"),
