@@ -4,9 +4,13 @@ from jaxlong.mixers.base import SequenceMixer
 from jaxlong.mixers.dsa import DSA
 from jaxlong.mixers.gla import GLA
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.hierarchical import Hierarchical
 from jaxlong.mixers.in_place_ttt import InPlaceTTT
 from jaxlong.mixers.infini import InfiniAttention
 from jaxlong.mixers.linear_attention import LinearAttention
+from jaxlong.mixers.log_linear import LogLinear
+from jaxlong.mixers.longformer import Longformer
+from jaxlong.mixers.longnet import LongNet
 from jaxlong.mixers.mamba import Mamba
 from jaxlong.mixers.mamba2 import Mamba2
 from jaxlong.mixers.mamba3 import Mamba3
@@ -42,15 +46,23 @@ MIXERS = {
     "mamba3": Mamba3,
     "nsa": NSA,
     "routing": Routing,
+    "hierarchical": Hierarchical,
+    "log_linear": LogLinear,
+    "longformer": Longformer,
+    "longnet": LongNet,
 }
 
 __all__ = [
     "DSA",
     "GLA",
     "GQA",
+    "Hierarchical",
     "InPlaceTTT",
     "InfiniAttention",
     "LinearAttention",
+    "LogLinear",
+    "LongNet",
+    "Longformer",
     "MIXERS",
     "MLA",
     "Mamba",

@@ -147,7 +147,7 @@ def check_state(mixer: Any, state: State, x: Float[Array, "B T D"]) -> None:
     """
     batch, _, width = x.shape
     make = lambda n: mixer.init_state(batch, n, width=width, max_chunk=n, dtype=x.dtype)
-    one, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2**20))
+    one, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2**30))
     here = jax.tree.structure(one)
     if jax.tree.structure(state) != here:
         raise BadInput("state", jax.tree.structure(state), f"{type(mixer).__name__} keeps another", str(here))
