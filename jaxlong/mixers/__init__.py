@@ -1,8 +1,46 @@
 """The menu of sequence mixers: one file a mechanism, one line each."""
 
 from jaxlong.mixers.base import SequenceMixer
+from jaxlong.mixers.dsa import DSA
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.infini import InfiniAttention
+from jaxlong.mixers.mla import MLA
+from jaxlong.mixers.moba import MoBA
+from jaxlong.mixers.rwkv4 import RWKV4
+from jaxlong.mixers.rwkv6 import RWKV6
+from jaxlong.mixers.rwkv7 import RWKV7
+from jaxlong.mixers.rwkv_channel_mix import RWKVChannelMix
+from jaxlong.mixers.short_conv import ShortConv
+from jaxlong.mixers.ttt import TTTMLP, TTTLinear
 
-MIXERS = {"gqa": GQA}
+MIXERS = {
+    "gqa": GQA,
+    "rwkv4": RWKV4,
+    "rwkv6": RWKV6,
+    "rwkv7": RWKV7,
+    "rwkv_channel_mix": RWKVChannelMix,
+    "ttt_linear": TTTLinear,
+    "ttt_mlp": TTTMLP,
+    "mla": MLA,
+    "dsa": DSA,
+    "moba": MoBA,
+    "infini": InfiniAttention,
+    "short_conv": ShortConv,
+}
 
-__all__ = ["GQA", "MIXERS", "SequenceMixer"]
+__all__ = [
+    "DSA",
+    "GQA",
+    "MIXERS",
+    "MLA",
+    "RWKV4",
+    "RWKV6",
+    "RWKV7",
+    "TTTMLP",
+    "InfiniAttention",
+    "MoBA",
+    "RWKVChannelMix",
+    "SequenceMixer",
+    "ShortConv",
+    "TTTLinear",
+]

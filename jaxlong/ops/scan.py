@@ -1,0 +1,234 @@
+"""Diagonal linear recurrences: chunked linear attention, elementwise scans, the selective scan.
+
+Documents are masks inside a chunk. A token's document index is the count of resets in the chunk up to it: pairs
+interact where their indices are equal, the state at the chunk's entry is seen where the index is 0, and the state at
+its exit keeps the tokens whose index is the last one's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from jaxlong.ops.chunks import decayed_scores, join, split
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def linear_attention(
+    q: Float[Array, "B T I K"],
+    k: Float[Array, "B T J K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
+    *,
+    bonus: Float[Array, "H K"] | None = None,
+    s0: Float[Array, "B H K V"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Linear attention with diagonal decay, in chunks of matrix products.
+
+        S_t = Diag(exp(g_t)) S_(t-1) + k_t v_t^T        o_t = S_t^T q_t
+        o_t = (S_(t-1) + Diag(u) k_t v_t^T)^T q_t       with a bonus u: read before the update (RWKV-6)
+
+    The heads of q and k may be fewer than H where they divide it: head h reads head h // (H / J) of J
+    (groups of Mamba-2, grouped-query attention).
+
+    Args:
+        log_decay: g <= 0, finite, float32: one a head, or one a channel of the keys; None is no decay.
+        s0: the state before the first token, float32; None is zeros.
+        resets: True at a token that starts from an empty state.
+        chunk: tokens a chunk; the result does not depend on it.
+
+    Returns:
+        The outputs in v's type, and the state after the last token in float32. With chunks of C tokens this costs
+        2 T H (C (K + V) + 2 K V) flops, and backward the memory of one state a chunk.
+    """
+    batch, length, heads, value_dim = v.shape
+    chunk = min(chunk, length)
+    if s0 is None:
+        s0 = jnp.zeros((batch, heads, k.shape[-1], value_dim), jnp.float32)
+    if log_decay is not None and resets is not None:  # the decay of what a reset drops would only cost precision
+        log_decay = jnp.where(resets.reshape(batch, length, *[1] * (log_decay.ndim - 2)), 0.0, log_decay)
+    step = _scalar_step if log_decay is None or log_decay.ndim == 3 else _channel_step
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(s, xs):
+        *inputs, first = xs
+        q, k, v, g = (None if x is None else jnp.moveaxis(x, 2, 1).astype(jnp.float32) for x in inputs)
+        groups = max(q.shape[1], k.shape[1])
+        s, o = step(s, _repeat(q, groups), _repeat(k, groups), v, g, _Documents.of(first, chunk), bonus is not None)
+        if bonus is not None:
+            own = jnp.einsum("bhtk,hk,bhtk->bht", _repeat(q, heads), bonus, _repeat(k, heads))
+            o += own[..., None] * v
+        return s, jnp.moveaxis(o, 1, 2).astype(inputs[2].dtype)
+
+    parts = tuple(None if x is None else split(x, chunk) for x in (q, k, v, log_decay, resets))
+    s, o = jax.lax.scan(body, s0, parts)
+    return join(o, length), s
+
+
+def _repeat(x: Float[Array, "B J C K"], heads: int) -> Float[Array, "B H C K"]:
+    return jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+class _Documents(NamedTuple):
+    """Masks of the documents in a chunk of C tokens."""
+
+    pairs: Bool[Array, "B C C"]  # j <= i in i's document
+    old: Bool[Array, "B C"]  # tokens that continue the entry state
+    last: Bool[Array, "B C"]  # tokens in the exit state
+
+    @classmethod
+    def of(cls, resets: Bool[Array, "B C"] | None, length: int) -> _Documents:
+        index = jnp.zeros((1, length), jnp.int32) if resets is None else jnp.cumsum(resets, axis=1)
+        pairs = jnp.tril(index[:, :, None] == index[:, None, :])
+        return cls(pairs, index == 0, index == index[:, -1:])
+
+
+def _shift(x: Array, axis: int, by: int) -> Array:
+    """Rows moved along an axis by so many places; zeros enter."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (max(by, 0), max(-by, 0))
+    first = max(-by, 0)
+    return jax.lax.slice_in_dim(jnp.pad(x, pad), first, first + x.shape[axis], axis=axis)
+
+
+def _scalar_step(s: Array, q: Array, k: Array, v: Array, g: Array | None, documents: _Documents, before: bool):
+    """A chunk with one decay a head: q, k [B G C K], v [B H C V], g [B H C], s [B H K V].
+
+    `before`: tokens read the state before their own update.
+    """
+    groups, length, shape = *q.shape[1:3], v.shape
+    grouped = lambda x: x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+    if g is None:
+        g = jnp.zeros((1, v.shape[1], length), jnp.float32)
+    # The sums over j < l <= i of g_l, added up as such: differences of one cumulated sum lose digits as it grows.
+    lower = jnp.tril(jnp.ones((length, length), jnp.float32))
+    sums = jnp.matmul(g[:, :, None, :] * lower, jnp.tril(lower, -1), precision=HIGHEST)
+    total = sums[..., 0] + g[..., :1]
+    decay = jnp.exp(jnp.where(documents.pairs[:, None], sums, -jnp.inf))
+    leave = decay[..., -1, :]
+    keep = jnp.where(documents.old[:, None, -1:], jnp.exp(total[..., -1:]), 0.0)
+    if before:
+        decay, total = jnp.where(documents.pairs[:, None], _shift(decay, -2, 1), 0.0), _shift(total, -1, 1)
+    enter = jnp.where(documents.old[:, None], jnp.exp(total), 0.0)
+
+    scores = jnp.einsum("bgik,bgjk->bgij", q, k)[:, :, None] * grouped(decay)
+    memory, v = grouped(s), grouped(v)
+    o = jnp.einsum("bgrij,bgrjv->bgriv", scores, v)
+    o += jnp.einsum("bgik,bgrkv->bgriv", q, memory) * grouped(enter)[..., None]
+    new = jnp.einsum("bgjk,bgrjv->bgrkv", k, v * grouped(leave)[..., None])
+    return (keep[..., None] * s + new.reshape(s.shape)), o.reshape(shape)
+
+
+def _channel_step(s: Array, q: Array, k: Array, v: Array, g: Array, documents: _Documents, before: bool):
+    """A chunk with one decay a channel of the keys: q, k [B G C K], v [B H C V], g [B H C K], s [B H K V]."""
+    heads, length = v.shape[1:3]
+    q, k = _repeat(q, heads), _repeat(k, heads)
+    lower = jnp.tril(jnp.ones((length, length), jnp.float32))
+    total = jnp.einsum("ij,bhjk->bhik", lower, g, precision=HIGHEST)
+    rest = jnp.einsum("ji,bhjk->bhik", jnp.tril(lower, -1), g, precision=HIGHEST)
+    leave = k * jnp.where(documents.last[:, None, :, None], jnp.exp(rest), 0.0)
+    keep = jnp.where(documents.old[:, None, -1:, None], jnp.exp(total[:, :, -1:]), 0.0)
+    if before:
+        scores, total = _shift(decayed_scores(_shift(q, -2, -1), k, total), -2, 1), _shift(total, -2, 1)
+    else:
+        scores = decayed_scores(q, k, total)
+    scores = jnp.where(documents.pairs[:, None], scores, 0.0)
+    enter = q * jnp.where(documents.old[:, None, :, None], jnp.exp(total), 0.0)
+    o = jnp.einsum("bhij,bhjv->bhiv", scores, v) + jnp.einsum("bhik,bhkv->bhiv", enter, s)
+    return keep.swapaxes(-1, -2) * s + jnp.einsum("bhjk,bhjv->bhkv", leave, v), o
+
+
+def linear_scan(
+    decay: Float[Array, "B T *N"],
+    update: Float[Array, "B T *N"],
+    *,
+    h0: Float[Array, "B *N"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T *N"], Float[Array, "B *N"]]:
+    """h_t = decay_t h_(t-1) + update_t elementwise: an associative scan inside chunks, chunks one after another.
+
+    Args:
+        decay: factors, float32 (not their logarithms; zero is allowed).
+        h0: the state before the first token; None is zeros.
+        resets: True at a token that starts from an empty state.
+
+    Returns:
+        All states, and the last.
+    """
+    batch, length = decay.shape[:2]
+    if h0 is None:
+        h0 = jnp.zeros((batch, *decay.shape[2:]), decay.dtype)
+    if resets is not None:
+        decay = jnp.where(resets.reshape(batch, length, *[1] * (decay.ndim - 2)), 0.0, decay)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(h, xs):
+        states = _states(h, *xs)
+        return states[:, -1], states
+
+    chunk = min(chunk, length)
+    states = join(jax.lax.scan(body, h0, (split(decay, chunk), split(update, chunk)))[1], length)
+    return states, states[:, -1]
+
+
+def _states(h: Float[Array, "B *N"], decay: Float[Array, "B C *N"], update: Float[Array, "B C *N"]) -> Array:
+    """The states [B C *N] of one chunk that is entered with h."""
+    combine = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
+    product, own = jax.lax.associative_scan(combine, (decay, update), axis=1)
+    return product * h[:, None] + own
+
+
+def selective_scan(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    a: Float[Array, "D N"],
+    b: Float[Array, "B T N"],
+    c: Float[Array, "B T N"],
+    d: Float[Array, "D"],
+    *,
+    h0: Float[Array, "B D N"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """The selective scan of Mamba (arXiv 2312.00752), in float32.
+
+        h_t = exp(dt_t a) h_(t-1) + (dt_t x_t) b_t^T        y_t = h_t c_t + d x_t
+
+    Decays and updates [B C D N] exist for one chunk of C tokens at a time, backward too.
+
+    Args:
+        dt: step sizes, after their softplus; float32.
+        a: negative rates.
+        h0: the state before the first token, float32; None is zeros.
+        resets: True at a token that starts from an empty state.
+
+    Returns:
+        The outputs in x's type, and the state after the last token in float32.
+    """
+    batch, length, width = x.shape
+    if h0 is None:
+        h0 = jnp.zeros((batch, width, a.shape[-1]), jnp.float32)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(h, xs):
+        x, dt, b, c = (part.astype(jnp.float32) for part in xs[:-1])
+        decay = jnp.exp(dt[..., None] * a)
+        if resets is not None:
+            decay = jnp.where(xs[-1][..., None, None], 0.0, decay)
+        states = _states(h, decay, (dt * x)[..., None] * b[:, :, None, :])
+        y = jnp.einsum("btdn,btn->btd", states, c) + d * x
+        return states[:, -1], y.astype(xs[0].dtype)
+
+    chunk = min(chunk, length)
+    parts = tuple(None if part is None else split(part, chunk) for part in (x, dt, b, c, resets))
+    h, y = jax.lax.scan(body, h0, parts)
+    return join(y, length), h

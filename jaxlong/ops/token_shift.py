@@ -1,0 +1,28 @@
+"""The previous token of the same document, as the RWKV family mixes it into each token."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxlong.core.state import ConvTail
+
+
+def token_shift(
+    x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], tail: ConvTail | None = None
+) -> tuple[Float[Array, "B T D"], ConvTail]:
+    """x_(t-1), or zero at the first token of a document.
+
+    Args:
+        tail: the one token before x, a convolution's tail of width 2 (None: nothing was seen).
+
+    Returns:
+        The previous tokens, and the tail from which the next call continues.
+    """
+    if tail is None:
+        tail = ConvTail.empty(x.shape[0], 2, x.shape[2], x.dtype)
+    seen = jnp.concatenate([tail.x.astype(x.dtype), x], axis=1)
+    segments = jnp.concatenate([tail.segment_ids, segment_ids], axis=1)
+    same = segments[:, :-1] == segment_ids
+    return jnp.where(same[..., None], seen[:, :-1], 0), ConvTail(x=seen[:, -1:], segment_ids=segments[:, -1:])
