@@ -17,7 +17,8 @@ from jaxlong.run import count_params, flops_per_token
 from jaxlong.train.grads import full, next_token_loss
 
 FOLDER = Path(__file__).parent.parent / "configs"
-FILES = sorted(
+NOT_EXPERIMENTS = ("published", "__init__")
+FILES = sorted(f.stem for f in FOLDER.glob("*.py") if "-> Experiment" in f.read_text() and f.stem not in NOT_EXPERIMENTS)
     f.stem for f in FOLDER.glob("*.py") if "-> Experiment" in f.read_text() and f.stem not in ("published", "__init__")
 )
 SMALL = [name for name in FILES if name.startswith("small")]
