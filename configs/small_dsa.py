@@ -1,4 +1,4 @@
-"""DeepSeek Sparse Attention in the small experiment of `configs/small.py`: 32 of 128 keys, chosen by an indexer.
+"""DeepSeek Sparse Attention on `configs/small.py`: 32 of 128 keys, chosen by an indexer.
 
 python -m experiments.pretrain --config=configs/small_dsa.py --workdir=runs/small_dsa
 """

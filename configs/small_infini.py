@@ -1,4 +1,4 @@
-"""Infini-attention in the small experiment of `configs/small.py`: segments of 32 and a compressive memory.
+"""Infini-attention on `configs/small.py`: segments of 32 and a compressive memory.
 
 python -m experiments.pretrain --config=configs/small_infini.py --workdir=runs/small_infini
 """

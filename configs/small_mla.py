@@ -1,4 +1,4 @@
-"""Multi-head latent attention in the small experiment of `configs/small.py`.
+"""Multi-head latent attention on `configs/small.py`.
 
 python -m experiments.pretrain --config=configs/small_mla.py --workdir=runs/small_mla
 """

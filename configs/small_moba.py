@@ -1,4 +1,4 @@
-"""Mixture of block attention in the small experiment of `configs/small.py`: 3 of 8 blocks.
+"""Mixture of block attention on `configs/small.py`: 3 of 8 blocks.
 
 python -m experiments.pretrain --config=configs/small_moba.py --workdir=runs/small_moba
 """

@@ -1,4 +1,4 @@
-"""RWKV-4 in the small experiment of `configs/small.py`.
+"""RWKV-4 on `configs/small.py`.
 
 python -m experiments.pretrain --config=configs/small_rwkv4.py --workdir=runs/small_rwkv4
 """

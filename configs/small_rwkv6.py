@@ -1,4 +1,4 @@
-"""RWKV-6 in the small experiment of `configs/small.py`.
+"""RWKV-6 on `configs/small.py`.
 
 python -m experiments.pretrain --config=configs/small_rwkv6.py --workdir=runs/small_rwkv6
 """

@@ -1,4 +1,4 @@
-"""RWKV-7 in the small experiment of `configs/small.py`, its values drawn towards those of the first layer.
+"""RWKV-7 on `configs/small.py`, its values drawn towards those of the first layer.
 
 python -m experiments.pretrain --config=configs/small_rwkv7.py --workdir=runs/small_rwkv7
 """

@@ -1,4 +1,4 @@
-"""TTT-Linear in the small experiment of `configs/small.py`.
+"""TTT-Linear on `configs/small.py`.
 
 python -m experiments.pretrain --config=configs/small_ttt_linear.py --workdir=runs/small_ttt_linear
 """

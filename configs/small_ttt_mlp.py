@@ -1,4 +1,4 @@
-"""TTT-MLP in the small experiment of `configs/small.py`.
+"""TTT-MLP on `configs/small.py`.
 
 python -m experiments.pretrain --config=configs/small_ttt_mlp.py --workdir=runs/small_ttt_mlp
 """

@@ -18,9 +18,8 @@ from jaxlong.train.grads import full, next_token_loss
 
 FOLDER = Path(__file__).parent.parent / "configs"
 NOT_EXPERIMENTS = ("published", "__init__")
-FILES = sorted(f.stem for f in FOLDER.glob("*.py") if "-> Experiment" in f.read_text() and f.stem not in NOT_EXPERIMENTS)
-    f.stem for f in FOLDER.glob("*.py") if "-> Experiment" in f.read_text() and f.stem not in ("published", "__init__")
-)
+TEXTS = {file.stem: file.read_text() for file in sorted(FOLDER.glob("*.py"))}
+FILES = [name for name, text in TEXTS.items() if "-> Experiment" in text and name not in NOT_EXPERIMENTS]
 SMALL = [name for name in FILES if name.startswith("small")]
 PUBLISHED = [name for name in FILES if name not in SMALL and name not in ("tiny", "quickstart")]
 
@@ -45,7 +44,7 @@ def test_loads_fits_its_mesh_and_survives_storage(name):
     made = experiment(name)
     validate(made, 64 if name in PUBLISHED else 1)
     assert from_data(to_data(made)) == made
-    assert f"configs/{name}.py" in (FOLDER / f"{name}.py").read_text() or name == "quickstart", "its own command"
+    assert f"configs/{name}.py" in TEXTS[name] or name == "quickstart", "its own command"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -76,6 +75,6 @@ def test_every_mixer_has_a_small_and_a_published_configuration():
 
 
 def test_commands_name_files_that_exist():
-    for file in FOLDER.glob("*.py"):
-        for named in re.findall(r"configs/(\w+)\.py", file.read_text()):
-            assert (FOLDER / f"{named}.py").is_file(), f"{file.name} names configs/{named}.py"
+    for name, text in TEXTS.items():
+        for named in re.findall(r"configs/(\w+)\.py", text):
+            assert named in TEXTS, f"configs/{name}.py names configs/{named}.py"
