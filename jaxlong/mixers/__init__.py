@@ -1,9 +1,12 @@
 """The menu of sequence mixers: one file a mechanism, one line each."""
 
 from jaxlong.mixers.base import SequenceMixer
+from jaxlong.mixers.delta_net import DeltaNet
 from jaxlong.mixers.dsa import DSA
+from jaxlong.mixers.gated_delta_net import GatedDeltaNet
 from jaxlong.mixers.gqa import GQA
 from jaxlong.mixers.infini import InfiniAttention
+from jaxlong.mixers.kda import KDA
 from jaxlong.mixers.mla import MLA
 from jaxlong.mixers.moba import MoBA
 from jaxlong.mixers.rwkv4 import RWKV4
@@ -26,17 +29,23 @@ MIXERS = {
     "moba": MoBA,
     "infini": InfiniAttention,
     "short_conv": ShortConv,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "kda": KDA,
 }
 
 __all__ = [
     "DSA",
     "GQA",
+    "KDA",
     "MIXERS",
     "MLA",
     "RWKV4",
     "RWKV6",
     "RWKV7",
     "TTTMLP",
+    "DeltaNet",
+    "GatedDeltaNet",
     "InfiniAttention",
     "MoBA",
     "RWKVChannelMix",
