@@ -1,12 +1,15 @@
 """The menu of sequence mixers: one file a mechanism, one line each."""
 
 from jaxlong.mixers.base import SequenceMixer
+from jaxlong.mixers.delta_net import DeltaNet
 from jaxlong.mixers.dsa import DSA
+from jaxlong.mixers.gated_delta_net import GatedDeltaNet
 from jaxlong.mixers.gla import GLA
 from jaxlong.mixers.gqa import GQA
 from jaxlong.mixers.hierarchical import Hierarchical
 from jaxlong.mixers.in_place_ttt import InPlaceTTT
 from jaxlong.mixers.infini import InfiniAttention
+from jaxlong.mixers.kda import KDA
 from jaxlong.mixers.linear_attention import LinearAttention
 from jaxlong.mixers.log_linear import LogLinear
 from jaxlong.mixers.longformer import Longformer
@@ -50,33 +53,39 @@ MIXERS = {
     "log_linear": LogLinear,
     "longformer": Longformer,
     "longnet": LongNet,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "kda": KDA,
 }
 
 __all__ = [
     "DSA",
+    "DeltaNet",
     "GLA",
     "GQA",
-    "MIXERS",
-    "MLA",
-    "NSA",
-    "RWKV4",
-    "RWKV6",
-    "RWKV7",
-    "TTTMLP",
+    "GatedDeltaNet",
     "Hierarchical",
     "InPlaceTTT",
     "InfiniAttention",
+    "KDA",
     "LinearAttention",
     "LogLinear",
     "LongNet",
     "Longformer",
+    "MIXERS",
+    "MLA",
     "Mamba",
     "Mamba2",
     "Mamba3",
     "MoBA",
+    "NSA",
+    "RWKV4",
+    "RWKV6",
+    "RWKV7",
     "RWKVChannelMix",
     "Routing",
     "SequenceMixer",
     "ShortConv",
     "TTTLinear",
+    "TTTMLP",
 ]

@@ -94,10 +94,10 @@ def vector(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
-def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"]) -> Float[Array, "*B C"]:
-    """x / sqrt(mean(x^2) + 1e-6) * scale over the last axis, in float32, returned in the dtype of x."""
+def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"], eps: float = 1e-6) -> Float[Array, "*B C"]:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in the dtype of x."""
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype)
 
 
