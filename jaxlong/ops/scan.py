@@ -84,12 +84,13 @@ class _Documents(NamedTuple):
     pairs: Bool[Array, "B C C"]  # j <= i in i's document
     old: Bool[Array, "B C"]  # tokens that continue the entry state
     last: Bool[Array, "B C"]  # tokens in the exit state
+    several: bool  # whether a token may start a document
 
     @classmethod
     def of(cls, resets: Bool[Array, "B C"] | None, length: int) -> _Documents:
         index = jnp.zeros((1, length), jnp.int32) if resets is None else jnp.cumsum(resets, axis=1)
         pairs = jnp.tril(index[:, :, None] == index[:, None, :])
-        return cls(pairs, index == 0, index == index[:, -1:])
+        return cls(pairs, index == 0, index == index[:, -1:], resets is not None)
 
 
 def _shift(x: Array, axis: int, by: int) -> Array:
@@ -134,6 +135,9 @@ def _channel_step(s: Array, q: Array, k: Array, v: Array, g: Array, documents: _
     q, k = _repeat(q, heads), _repeat(k, heads)
     lower = jnp.tril(jnp.ones((length, length), jnp.float32))
     total = jnp.einsum("ij,bhjk->bhik", lower, g, precision=HIGHEST)
+    if documents.several:  # what passed before a document moves all its sums alike, so it has no gradient
+        own = jnp.einsum("bij,bhjk->bhik", documents.pairs.astype(jnp.float32), g, precision=HIGHEST)
+        total = own + jax.lax.stop_gradient(total - own)
     rest = jnp.einsum("ji,bhjk->bhik", jnp.tril(lower, -1), g, precision=HIGHEST)
     leave = k * jnp.where(documents.last[:, None, :, None], jnp.exp(rest), 0.0)
     keep = jnp.where(documents.old[:, None, -1:, None], jnp.exp(total[:, :, -1:]), 0.0)
