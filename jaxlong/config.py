@@ -20,11 +20,12 @@ from typing import Any
 
 from jaxlong.core import mask, position
 from jaxlong.core.types import BadInput
-from jaxlong.data import SOURCES, TOKENIZERS, Data, Packed, Samples
+from jaxlong.data import MQAR, SOURCES, TOKENIZERS, Data, Packed, Samples
 from jaxlong.evals import TASKS
 from jaxlong.layers.mlp import FEED_FORWARDS
+from jaxlong.layers.moe import MIXTURES
 from jaxlong.mixers import MIXERS
-from jaxlong.model import LM
+from jaxlong.model import LM, Layer, parts
 from jaxlong.ops.attend import Backend
 from jaxlong.parallel.mesh import parse_mesh
 from jaxlong.train.optim import OPTIMIZERS, SCHEDULES, AdamW, Cosine, Optimizer, Schedule
@@ -36,7 +37,8 @@ class Train:
 
     Fields:
         steps: optimizer steps.    accumulation: micro-batches a step.    clip: global gradient norm; 0 is none.
-        z_loss: weight of log(Z)^2.    loss_chunk: tokens a row whose logits exist at once.
+        z_loss: weight of log(Z)^2.    mtp_weight: of multi-token prediction's loss, where the model has it.
+        loss_chunk: tokens a row whose logits exist at once.
         log_every, save_every: steps between metric lines and checkpoints.    keep: checkpoints kept.
         tensorboard: also write TensorBoard events (extra [metrics]).
         profile: first and last step of a profiler window; None takes no profile.
@@ -48,6 +50,7 @@ class Train:
     clip: float = 1.0
     accumulation: int = 1
     z_loss: float = 0.0
+    mtp_weight: float = 0.3
     loss_chunk: int = 1024
     log_every: int = 10
     save_every: int = 500
@@ -84,34 +87,34 @@ def _by_class_name(*classes: type) -> dict[str, type]:
 
 
 REGISTRY: Mapping[str, type] = _by_class_name(
-    Experiment, Train, Evaluation, Data, Packed, Samples, LM, Backend,
-    *MIXERS.values(), *FEED_FORWARDS.values(), *mask.MASKS.values(),
+    Experiment, Train, Evaluation, Data, Packed, Samples, MQAR, LM, Layer, Backend,
+    *MIXERS.values(), *FEED_FORWARDS.values(), *MIXTURES.values(), *mask.MASKS.values(),
     *position.POSITIONS.values(), *position.SCALINGS.values(),
     *SOURCES.values(), *TOKENIZERS.values(), *TASKS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(),
 )  # fmt: skip
 """Every class that a stored or overridden configuration may name."""
 
 
-def load(path: str) -> Experiment:
-    """Run `config()` of a Python file. Raises BadInput if there is no such file or it makes no Experiment."""
+def load(path: str, kind: type = Experiment) -> Any:
+    """Run `config()` of a Python file. Raises BadInput if there is no such file or it makes no `kind`."""
     file = Path(path)
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.py")], 1, 0.3)
         raise BadInput("config", path, "no such file", f"nearest: {file.parent / near[0]}" if near else "a Python file")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise BadInput("config", path, "is no Python file", "configs/<name>.py with config() -> Experiment")
+        raise BadInput("config", path, "is no Python file", f"configs/<name>.py with config() -> {kind.__name__}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise BadInput("config", path, f"line {error.lineno}: {error.msg}", "valid Python") from None
     if not callable(getattr(module, "config", None)):
-        raise BadInput("config", path, "has no function config()", "def config() -> Experiment")
-    experiment = module.config()
-    if not isinstance(experiment, Experiment):
-        raise BadInput("config", path, f"config() returned {type(experiment).__name__}", "an Experiment")
-    return experiment
+        raise BadInput("config", path, "has no function config()", f"def config() -> {kind.__name__}")
+    made = module.config()
+    if not isinstance(made, kind):
+        raise BadInput("config", path, f"config() returned {type(made).__name__}", f"a value of {kind.__name__}")
+    return made
 
 
 # Data ---------------------------------------------------------------------------------------------------
@@ -206,8 +209,8 @@ def describe_type(hint: Any) -> str:
 # Overrides ----------------------------------------------------------------------------------------------
 
 
-def override(experiment: Experiment, path: str, text: str) -> Experiment:
-    """The experiment with the field at a dotted path replaced.
+def override(experiment: Any, path: str, text: str) -> Any:
+    """The experiment, or any other value made of dataclasses, with the field at a dotted path replaced.
 
     `text` is a Python literal, a word, or a registered type: `train.steps=200`, `model.dtype=bfloat16`,
     `model.pattern.0.position.scaling=Yarn(factor=4, original=128)`. A path goes through fields and the
@@ -292,6 +295,7 @@ def validate(experiment: Experiment, devices: int) -> dict[str, int]:
         _at_least(f"train.{name}", getattr(train, name), 1)
     _at_least("train.clip", train.clip, 0)
     _at_least("train.z_loss", train.z_loss, 0)
+    _at_least("train.mtp_weight", train.mtp_weight, 0)
     if train.profile is not None and not 0 <= train.profile[0] < train.profile[1]:
         raise BadInput("train.profile", train.profile, "is no window of steps", "(first, last) with first < last")
     if data.tokenizer.vocab_size > model.vocab:
@@ -309,7 +313,8 @@ def validate(experiment: Experiment, devices: int) -> dict[str, int]:
         raise BadInput(
             "data.length", data.length, f"does not split over seq = {mesh['seq']}", f"a multiple of {mesh['seq']}"
         )
-    for i, mixer in enumerate(model.pattern):
+    for i, layer in enumerate(model.pattern):
+        mixer = parts(layer, model.mlp)[0]
         for name in ("heads", "kv_heads"):
             if getattr(mixer, name, 0) % mesh["tensor"]:
                 why = f"does not split over tensor = {mesh['tensor']}"

@@ -13,7 +13,9 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.position import Rope, Scaling
 from jaxlong.core.types import BadInput, State
+from jaxlong.layers.mtp import MultiToken
 from jaxlong.layers.norm import RMSNorm
+from jaxlong.mixers.base import SequenceMixer, SharesFirstValues
 from jaxlong.ops.feed_forward import feed_forward
 from jaxlong.parallel.memory import policy
 from jaxlong.parallel.mesh import shard
@@ -21,11 +23,24 @@ from jaxlong.parallel.mesh import shard
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); the latter in blocks of tokens unless `mlp_block` is 0."""
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A mixer with a feed-forward layer of its own, where a pattern should not take the model's."""
 
     mixer: nn.Module
-    mlp: nn.Module
+    mlp: nn.Module | None
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); the latter in blocks of tokens unless `mlp_block` is 0.
+
+    The feed-forward layer may be a sequence mixer too (one that looks back, or learns as it reads): then the
+    state is a pair. None is no feed-forward layer. `first` are the values of the model's first layer, for mixers that
+    share them.
+    """
+
+    mixer: nn.Module
+    mlp: nn.Module | None
     mlp_block: int
 
     @nn.compact
@@ -35,40 +50,79 @@ class Block(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         state: State,
-    ) -> tuple[Float[Array, "B T D"], State]:
+        first: Any = None,
+    ) -> tuple[Float[Array, "B T D"], State, Any]:
+        where = {"positions": positions, "segment_ids": segment_ids}
+        of_mixer, of_mlp = state if state is not None and looks_back(self.mlp) else (state, None)
         normed = RMSNorm(name="mixer_norm")(x)
-        y, state = self.mixer(normed, positions=positions, segment_ids=segment_ids, state=state)
+        if shares_values(self.mixer):
+            y, of_mixer, first = self.mixer.mix(normed, first, **where, state=of_mixer)
+        else:
+            y, of_mixer = self.mixer(normed, **where, state=of_mixer)
         x = shard(x + y, "batch", "seq", None)
+        if self.mlp is None:
+            return x, of_mixer, first
         normed = RMSNorm(name="mlp_norm")(x)
-        if self.mlp_block and not self.is_initializing():
-            weights = {"params": self.variables["params"]["mlp"]}
-            mlp = self.mlp.clone(parent=None, name=None)
-            y = feed_forward(lambda tokens: mlp.apply(weights, tokens), normed, block=self.mlp_block)
+        if looks_back(self.mlp):
+            y, of_mlp = self.mlp(normed, **where, state=of_mlp)
+        elif self.mlp_block and not self.is_initializing():
+            y = feed_forward(self._token_wise(), normed, block=self.mlp_block)
         else:
             y = self.mlp(normed)
-        return shard(x + y, "batch", "seq", None), state
+        state = (of_mixer, of_mlp) if looks_back(self.mlp) else of_mixer
+        return shard(x + y, "batch", "seq", None), state, first
+
+    def _token_wise(self) -> Any:
+        weights = {"params": self.variables["params"]["mlp"]}
+        mlp = self.mlp.clone(parent=None, name=None)
+        return lambda tokens: mlp.apply(weights, tokens)
 
 
 class Group(nn.Module):
-    """One round of the pattern; the body of the scan over depth."""
+    """Blocks one after another: one round of the pattern, the body of the scan over depth."""
 
-    pattern: tuple[nn.Module, ...]
-    mlp: nn.Module
+    layers: tuple[nn.Module | Layer, ...]
+    mlp: nn.Module | None
     mlp_block: int
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, segment_ids: Array | None, states: tuple[State, ...] | None
-    ) -> tuple[Array, tuple[State, ...]]:
+        self,
+        carry: tuple[Array, Any],
+        positions: Array,
+        segment_ids: Array | None,
+        states: tuple[State, ...] | None,
+    ) -> tuple[tuple[Array, Any], tuple[State, ...]]:
         # Ties positions to the layer: otherwise XLA hoists every mask out of the scan and stores them all.
+        x, first = carry
         x, positions = jax.lax.optimization_barrier((x, positions))
         out = []
-        for i, mixer in enumerate(self.pattern):
-            fresh = (mixer.clone(parent=None, name=None), self.mlp.clone(parent=None, name=None))
-            block = Block(*fresh, self.mlp_block, name=f"block_{i}")
-            x, state = block(x, positions, segment_ids, None if states is None else states[i])
+        for i, layer in enumerate(self.layers):
+            mixer, mlp = map(_fresh, parts(layer, self.mlp))
+            block = Block(mixer, mlp, self.mlp_block, name=f"block_{i}")
+            x, state, first = block(x, positions, segment_ids, None if states is None else states[i], first)
             out.append(state)
-        return x, tuple(out)
+        return (x, first), tuple(out)
+
+
+def parts(layer: nn.Module | Layer, mlp: nn.Module | None) -> tuple[nn.Module, nn.Module | None]:
+    """The mixer and the feed-forward layer of an entry of a pattern."""
+    return (layer.mixer, layer.mlp) if isinstance(layer, Layer) else (layer, mlp)
+
+
+def looks_back(mlp: nn.Module | None) -> bool:
+    """Whether a feed-forward layer is a sequence mixer."""
+    return isinstance(mlp, SequenceMixer)
+
+
+def shares_values(mixer: nn.Module) -> bool:
+    """Whether a mixer takes the values of the model's first layer."""
+    return isinstance(mixer, SharesFirstValues) and mixer.value_residual
+
+
+def _fresh(module: nn.Module | None) -> nn.Module | None:
+    """The module as no part of another, so that a scan may own it."""
+    return None if module is None else module.clone(parent=None, name=None)
 
 
 class LM(nn.Module):
@@ -79,67 +133,93 @@ class LM(nn.Module):
 
     Fields:
         vocab: size of the vocabulary.    width: D, the residual stream.    depth: number of blocks.
-        pattern: mixers, repeated depth / len(pattern) times under one scan.    mlp: the feed-forward layer.
+        pattern: mixers, or `Layer`s with a feed-forward layer of their own, repeated under one scan.
+        mlp: the feed-forward layer: token-wise, or a sequence mixer (RWKV's channel mixing, In-Place TTT), or
+            None, which leaves it out.
+        before, after: layers around the repeated ones, which count towards `depth`.
         tied: the head is the embedding, transposed.
         remat: a name in `jaxlong.parallel.memory.POLICIES`.
         mlp_block: tokens a feed-forward block (blockwise parallel transformer); 0 takes all at once.
         dtype: of activations; parameters, norms' statistics and logits are float32.
         soft_cap: bound of the logits, c tanh(logits / c).
+        mtp: tokens beyond the next that training predicts too (multi-token prediction, `layers.mtp`).
     """
 
     vocab: int
     width: int
     depth: int
-    pattern: tuple[nn.Module, ...]
-    mlp: nn.Module
+    pattern: tuple[Any, ...]
+    mlp: nn.Module | None
+    before: tuple[Any, ...] = ()
+    after: tuple[Any, ...] = ()
     tied: bool = False
     remat: str = "none"
     mlp_block: int = 0
     dtype: str = "float32"
     soft_cap: float | None = None
+    mtp: int = 0
 
     def __post_init__(self):
         for name in ("vocab", "width", "depth"):
             if getattr(self, name) < 1:
                 raise BadInput(f"model.{name}", getattr(self, name), "must be positive", "1 or more")
+        for name in ("mlp_block", "mtp"):
+            if getattr(self, name) < 0:
+                raise BadInput(f"model.{name}", getattr(self, name), "is no number of tokens", "0 or more")
         if not self.pattern:
             raise BadInput("model.pattern", self.pattern, "has no mixer", "one mixer or more")
-        if self.depth % len(self.pattern):
-            period = len(self.pattern)
-            near = max(period, round(self.depth / period) * period)
-            raise BadInput(
-                "model.depth", self.depth, f"no multiple of the pattern's length {period}", f"nearest: {near}"
-            )
+        period, around = len(self.pattern), len(self.before) + len(self.after)
+        if (self.depth - around) % period or self.depth < around:
+            near = around + max(period, round((self.depth - around) / period) * period)
+            beside = f" beside {around} before and after" if around else ""
+            why = f"no multiple of the pattern's length {period}{beside}"
+            raise BadInput("model.depth", self.depth, why, f"nearest: {near}")
         if self.dtype not in DTYPES:
             raise BadInput("model.dtype", self.dtype, "no floating type of activations", f"one of {', '.join(DTYPES)}")
-        if self.mlp_block < 0:
-            raise BadInput("model.mlp_block", self.mlp_block, "is no number of tokens", "0 or more")
+        for layer in self.layers_once:
+            mlp = parts(layer, self.mlp)[1]
+            if self.mlp_block and not looks_back(mlp) and not getattr(mlp, "blockwise", True):
+                why = f"{type(mlp).__name__} looks at all tokens of a batch at once"
+                raise BadInput("model.mlp_block", self.mlp_block, why, "0")
         policy(self.remat)
         super().__post_init__()
 
     @property
+    def layers_once(self) -> tuple[Any, ...]:
+        """The different entries: before, one round of the pattern, after."""
+        return (*self.before, *self.pattern, *self.after)
+
+    @property
+    def blocks(self) -> list[tuple[nn.Module, nn.Module | None]]:
+        """Mixer and feed-forward layer of every block, in order of depth."""
+        entries = (*self.before, *self.pattern * self.groups, *self.after)
+        return [parts(layer, self.mlp) for layer in entries]
+
+    @property
     def groups(self) -> int:
         """Length of the scan over depth."""
-        return self.depth // len(self.pattern)
+        return (self.depth - len(self.before) - len(self.after)) // len(self.pattern)
 
     def setup(self):
         table = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
         self.table = self.param("embed", table, (self.vocab, self.width), jnp.float32)
         group = Group if self.remat == "none" else nn.remat(Group, policy=policy(self.remat), prevent_cse=False)
+        mlp = _fresh(self.mlp)
+        self.first_layers = group(self.before, mlp, self.mlp_block) if self.before else None
         self.layers = nn.scan(
             group,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "losses": 0, "metrics": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             out_axes=0,
             length=self.groups,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(
-            tuple(m.clone(parent=None, name=None) for m in self.pattern),
-            self.mlp.clone(parent=None, name=None),
-            self.mlp_block,
-        )
+        )(self.pattern, mlp, self.mlp_block)
+        self.last_layers = group(self.after, mlp, self.mlp_block) if self.after else None
         self.norm = RMSNorm()
+        if self.mtp:
+            last = parts(self.pattern[-1], self.mlp)
+            self.ahead = [MultiToken(Group((Layer(*last),), mlp, self.mlp_block, parent=None)) for _ in range(self.mtp)]
         if not self.tied:
             kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
             self.kernel = self.param("head", kernel, (self.width, self.vocab), jnp.float32)
@@ -155,10 +235,44 @@ class LM(nn.Module):
         """The normalised residual stream before the head. Arguments as in `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x = self.table.astype(self.dtype)[tokens] * self.width**0.5
-        x = shard(x, "batch", "seq", None)
-        x, states = self.layers(x, positions, segment_ids, state)
-        return self.norm(x), None if state is None else states
+        x = shard(self._embed(tokens), "batch", "seq", None)
+        carry, states = (x, self._no_values(x)), []
+        for group, given in zip((self.first_layers, self.layers, self.last_layers), state or (None,) * 3, strict=True):
+            after = ()
+            if group is not None:
+                carry, after = group(carry, positions, segment_ids, given)
+            states.append(after)
+        return self.norm(carry[0]), None if state is None else tuple(states)
+
+    def features_ahead(
+        self,
+        hidden: Float[Array, "B T D"],
+        following: Int[Array, "M B T"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "M B T D"]:
+        """Features from which each token after the next is predicted, by multi-token prediction.
+
+        Args:
+            hidden: what `features` gave.
+            following: `following[m, b, t]` is the token m + 1 after `tokens[b, t]`; M = `mtp`.
+        """
+        out = []
+        for module, tokens in zip(self.ahead, following, strict=True):
+            hidden = module(hidden, self._embed(tokens), positions, segment_ids, self._no_values(hidden))
+            out.append(self.norm(hidden))
+        return jnp.stack(out)
+
+    def _embed(self, tokens: Array) -> Array:
+        return self.table.astype(self.dtype)[tokens] * self.width**0.5
+
+    def _no_values(self, x: Array) -> Any:
+        """The carry of mixers that share the first layer's values, before that layer."""
+        for mixer, _ in self.blocks:
+            if shares_values(mixer):
+                return mixer.no_values(x)
+        return None
 
     def __call__(
         self,
@@ -177,6 +291,9 @@ class LM(nn.Module):
             state: from `init_state` or an earlier call, which these tokens continue; None keeps nothing.
         """
         hidden, state = self.features(tokens, positions=positions, segment_ids=segment_ids, state=state)
+        if self.mtp and self.is_initializing():
+            at = jnp.zeros_like(tokens)
+            self.features_ahead(hidden, jnp.broadcast_to(at, (self.mtp, *at.shape)), positions=at)
         kernel = self.table.T if self.tied else self.kernel
         logits = jnp.einsum("btd,dv->btv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
         return (logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)), state
@@ -186,10 +303,17 @@ class LM(nn.Module):
         return params["embed"].T if self.tied else params["head"]
 
     def init_state(self, batch: int, max_len: int, *, max_chunk: int, dtype: Any = None) -> State:
-        """Empty states of all mixers for `max_len` tokens, each stacked over the scanned groups."""
+        """Empty states of all layers for `max_len` tokens: before, scanned (stacked over groups), after."""
         sizes = {"width": self.width, "max_chunk": max_chunk, "dtype": dtype or self.dtype}
+
+        def of_layer(layer: Any) -> State:
+            mixer, mlp = parts(layer, self.mlp)
+            state = mixer.init_state(batch, max_len, **sizes)
+            return (state, mlp.init_state(batch, max_len, **sizes)) if looks_back(mlp) else state
+
         stack = lambda leaf: jnp.broadcast_to(leaf, (self.groups, *leaf.shape))
-        return tuple(jax.tree.map(stack, mixer.init_state(batch, max_len, **sizes)) for mixer in self.pattern)
+        scanned = tuple(jax.tree.map(stack, of_layer(layer)) for layer in self.pattern)
+        return tuple(map(of_layer, self.before)), scanned, tuple(map(of_layer, self.after))
 
 
 def init_params(model: LM, key: Array) -> Any:
@@ -212,15 +336,18 @@ def extend(model: LM, scaling: Scaling) -> LM:
     Raises:
         BadInput: no mixer of the pattern rotates.
     """
-    if not any(isinstance(getattr(mixer, "position", None), Rope) for mixer in model.pattern):
-        raise BadInput(
-            "model.pattern", [type(m).__name__ for m in model.pattern], "no mixer rotates", "a mixer with Rope"
-        )
-    return model.clone(pattern=tuple(_rescale(mixer, scaling) for mixer in model.pattern))
+    mixers = [mixer for mixer, _ in model.blocks]
+    if not any(isinstance(getattr(mixer, "position", None), Rope) for mixer in mixers):
+        names = sorted({type(mixer).__name__ for mixer in mixers})
+        raise BadInput("model.pattern", names, "no mixer rotates", "a mixer with Rope")
+    rescaled = lambda layers: tuple(_rescale(layer, scaling) for layer in layers)
+    return model.clone(pattern=rescaled(model.pattern), before=rescaled(model.before), after=rescaled(model.after))
 
 
-def _rescale(mixer: nn.Module, scaling: Scaling) -> nn.Module:
-    position = getattr(mixer, "position", None)
+def _rescale(layer: Any, scaling: Scaling) -> Any:
+    if isinstance(layer, Layer):
+        return dataclasses.replace(layer, mixer=_rescale(layer.mixer, scaling))
+    position = getattr(layer, "position", None)
     if not isinstance(position, Rope):
-        return mixer
-    return mixer.clone(position=dataclasses.replace(position, scaling=scaling))
+        return layer
+    return layer.clone(position=dataclasses.replace(position, scaling=scaling))

@@ -73,7 +73,7 @@ def train(
     tx = make_optimizer(
         recipe.optimizer, recipe.schedule, steps=recipe.steps, clip=recipe.clip, axes=logical_axes(model)
     )
-    loss = next_token_loss(model, z_loss=recipe.z_loss, chunk=recipe.loss_chunk)
+    loss = next_token_loss(model, z_loss=recipe.z_loss, chunk=recipe.loss_chunk, mtp_weight=recipe.mtp_weight)
     rate = learning_rate(recipe.schedule, recipe.steps)
     step = make_step(accumulated(loss, recipe.accumulation), tx, learning_rate=rate)
     create = lambda start: TrainState.create(start, tx)
@@ -183,11 +183,11 @@ def param_shardings(model: LM, mesh: Mesh) -> Any:
 
 
 def flops_per_token(model: LM, length: int) -> float:
-    """Training flops a token: 6 a parameter (the embedding's rows are looked up) and 3 times what mixers add."""
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes)) - (0 if model.tied else model.vocab * model.width)
-    mixing = sum(mixer.mixing_flops(length) for mixer in model.pattern) * model.groups
-    return 6.0 * count + 3.0 * mixing
+    """Training flops a token: 6 a parameter in use (the embedding's rows are looked up) and 3 times what mixers add."""
+    count = count_params(model) - (0 if model.tied else model.vocab * model.width)
+    idle = sum(mlp.idle_params(model.width) for _, mlp in model.blocks if hasattr(mlp, "idle_params"))
+    mixing = sum(part.mixing_flops(length) for block in model.blocks for part in block if hasattr(part, "mixing_flops"))
+    return 6.0 * (count - idle) + 3.0 * mixing
 
 
 def load(path: str | Path) -> Loaded:

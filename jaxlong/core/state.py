@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxlong.core.types import BadInput
+
 EMPTY = -1
 """Segment id of a slot that holds nothing; no token carries it, so no query attends to it."""
 
@@ -45,18 +47,55 @@ class KVCache(NamedTuple):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
     ) -> KVCache:
-        """Append T tokens, overwriting the oldest when full. Raises ValueError if T exceeds the slots."""
-        slots, length = self.k.shape[1], k.shape[1]
-        if length > slots:
-            raise ValueError(f"cannot push {length} tokens into a cache of {slots} slots")
-        index = (self.next + jnp.arange(length)) % slots
-        write = lambda buffer, new: buffer.at[:, index].set(new.astype(buffer.dtype), unique_indices=True)
+        """Append T tokens, overwriting the oldest when full. Raises BadInput if T exceeds the slots."""
+        index = _slots(self, k.shape[1])
         return self._replace(
-            k=write(self.k, k),
-            v=write(self.v, v),
-            positions=write(self.positions, positions),
-            segment_ids=write(self.segment_ids, segment_ids),
-            next=self.next + length,
+            k=_write(self.k, index, k),
+            v=_write(self.v, index, v),
+            positions=_write(self.positions, index, positions),
+            segment_ids=_write(self.segment_ids, index, segment_ids),
+            next=self.next + k.shape[1],
+        )
+
+
+class LatentCache(NamedTuple):
+    """The ring buffer of attention whose heads share one vector a token, of which keys and values are made.
+
+    `latent` is that vector; `index` is what a learned selection scores, None where nothing is selected. All else
+    is as in `KVCache`. State size: `B * S * ((R + I) * itemsize + 8) + 4` bytes.
+    """
+
+    latent: Float[Array, "B S R"]
+    index: Float[Array, "B S I"] | None
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    next: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, batch: int, slots: int, latent_dim: int, index_dim: int | None, dtype) -> LatentCache:
+        return cls(
+            latent=jnp.zeros((batch, slots, latent_dim), dtype),
+            index=None if index_dim is None else jnp.zeros((batch, slots, index_dim), dtype),
+            positions=jnp.zeros((batch, slots), jnp.int32),
+            segment_ids=jnp.full((batch, slots), EMPTY, jnp.int32),
+            next=jnp.zeros((), jnp.int32),
+        )
+
+    def push(
+        self,
+        latent: Float[Array, "B T R"],
+        index: Float[Array, "B T I"] | None,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+    ) -> LatentCache:
+        """Append T tokens, overwriting the oldest when full. Raises BadInput if T exceeds the slots."""
+        slots = _slots(self, latent.shape[1])
+        return self._replace(
+            latent=_write(self.latent, slots, latent),
+            index=None if index is None else _write(self.index, slots, index),
+            positions=_write(self.positions, slots, positions),
+            segment_ids=_write(self.segment_ids, slots, segment_ids),
+            next=self.next + latent.shape[1],
         )
 
 
@@ -94,3 +133,16 @@ class Recurrent(NamedTuple):
 def nbytes(state: Any) -> int:
     """Bytes of a state: arrays, or the shapes that `jax.eval_shape(init_state, ...)` gives."""
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))
+
+
+def _slots(cache: KVCache | LatentCache, length: int) -> Int[Array, "T"]:
+    """The slots that the next tokens go to."""
+    slots = cache.positions.shape[1]
+    if length > slots:
+        why = f"the cache was made for max_len and max_chunk that give {slots} slots"
+        raise BadInput("tokens", length, why, f"at most {slots} at a time")
+    return (cache.next + jnp.arange(length)) % slots
+
+
+def _write(buffer: Array, slots: Int[Array, "T"], new: Array) -> Array:
+    return buffer.at[:, slots].set(new.astype(buffer.dtype), unique_indices=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from jaxlong.data.mixture import Batches, Data, Part, batches, describe
 from jaxlong.data.packing import PACKINGS, Packed
+from jaxlong.data.recall import MQAR, Ids
 from jaxlong.data.records import ArrayRecord, Jsonl, Parquet
 from jaxlong.data.sources import Source, Stdlib, TextFolder
 from jaxlong.data.synthetic import Samples, Task
@@ -22,9 +23,10 @@ SOURCES: dict[str, type[Source]] = {
     "parquet": Parquet,
     "array_record": ArrayRecord,
 }
-TOKENIZERS: dict[str, type] = {"bytes": Bytes, "ascii": Ascii, "huggingface": HuggingFace}
+TOKENIZERS: dict[str, type] = {"bytes": Bytes, "ascii": Ascii, "huggingface": HuggingFace, "ids": Ids}
 
 __all__ = [
+    "MQAR",
     "PACKINGS",
     "SOURCES",
     "TOKENIZERS",
@@ -34,6 +36,7 @@ __all__ = [
     "Bytes",
     "Data",
     "HuggingFace",
+    "Ids",
     "Jsonl",
     "Packed",
     "Parquet",

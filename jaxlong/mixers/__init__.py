@@ -1,11 +1,29 @@
 """The menu of sequence mixers: one file a mechanism, one line each."""
 
 from jaxlong.mixers.base import SequenceMixer
+from jaxlong.mixers.dsa import DSA
+from jaxlong.mixers.gla import GLA
 from jaxlong.mixers.gqa import GQA
+from jaxlong.mixers.hierarchical import Hierarchical
+from jaxlong.mixers.in_place_ttt import InPlaceTTT
+from jaxlong.mixers.infini import InfiniAttention
+from jaxlong.mixers.linear_attention import LinearAttention
+from jaxlong.mixers.log_linear import LogLinear
+from jaxlong.mixers.longformer import Longformer
+from jaxlong.mixers.longnet import LongNet
+from jaxlong.mixers.mamba import Mamba
+from jaxlong.mixers.mamba2 import Mamba2
+from jaxlong.mixers.mamba3 import Mamba3
+from jaxlong.mixers.mla import MLA
+from jaxlong.mixers.moba import MoBA
+from jaxlong.mixers.nsa import NSA
+from jaxlong.mixers.routing import Routing
 from jaxlong.mixers.rwkv4 import RWKV4
 from jaxlong.mixers.rwkv6 import RWKV6
 from jaxlong.mixers.rwkv7 import RWKV7
 from jaxlong.mixers.rwkv_channel_mix import RWKVChannelMix
+from jaxlong.mixers.short_conv import ShortConv
+from jaxlong.mixers.ttt import TTTMLP, TTTLinear
 
 MIXERS = {
     "gqa": GQA,
@@ -13,6 +31,52 @@ MIXERS = {
     "rwkv6": RWKV6,
     "rwkv7": RWKV7,
     "rwkv_channel_mix": RWKVChannelMix,
+    "ttt_linear": TTTLinear,
+    "ttt_mlp": TTTMLP,
+    "in_place_ttt": InPlaceTTT,
+    "mla": MLA,
+    "dsa": DSA,
+    "moba": MoBA,
+    "infini": InfiniAttention,
+    "short_conv": ShortConv,
+    "linear": LinearAttention,
+    "gla": GLA,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
+    "nsa": NSA,
+    "routing": Routing,
+    "hierarchical": Hierarchical,
+    "log_linear": LogLinear,
+    "longformer": Longformer,
+    "longnet": LongNet,
 }
 
-__all__ = ["GQA", "MIXERS", "RWKV4", "RWKV6", "RWKV7", "RWKVChannelMix", "SequenceMixer"]
+__all__ = [
+    "DSA",
+    "GLA",
+    "GQA",
+    "MIXERS",
+    "MLA",
+    "NSA",
+    "RWKV4",
+    "RWKV6",
+    "RWKV7",
+    "TTTMLP",
+    "Hierarchical",
+    "InPlaceTTT",
+    "InfiniAttention",
+    "LinearAttention",
+    "LogLinear",
+    "LongNet",
+    "Longformer",
+    "Mamba",
+    "Mamba2",
+    "Mamba3",
+    "MoBA",
+    "RWKVChannelMix",
+    "Routing",
+    "SequenceMixer",
+    "ShortConv",
+    "TTTLinear",
+]

@@ -49,6 +49,29 @@ class SequenceMixer(Protocol):
         ...
 
 
+@runtime_checkable
+class SharesFirstValues(Protocol):
+    """A mixer whose values are drawn towards those of the model's first layer, if `value_residual` says so."""
+
+    value_residual: bool
+
+    def no_values(self, x: Float[Array, "B T D"]) -> Any:
+        """What `mix` takes as `first` before any layer has made values for the inputs x."""
+        ...
+
+    def mix(
+        self,
+        x: Float[Array, "B T D"],
+        first: Any,
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+    ) -> tuple[Float[Array, "B T D"], State | None, Any]:
+        """The mixer's call, with the first layer's values handed from layer to layer."""
+        ...
+
+
 def projection(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, inputs: int, dtype: Any
 ) -> Float[Array, "..."]:
@@ -61,10 +84,35 @@ def projection(
 
 
 def vector(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any = nn.initializers.zeros
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Any = nn.initializers.zeros,
 ) -> Float[Array, "..."]:
     """A float32 parameter with logical axis names: a bias, a norm's scale, a gate, a decay."""
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"]) -> Float[Array, "*B C"]:
+    """x / sqrt(mean(x^2) + 1e-6) * scale over the last axis, in float32, returned in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    return (wide * scale).astype(x.dtype)
+
+
+def to_heads(
+    module: nn.Module, name: str, x: Float[Array, "B T D"], heads: int, head_dim: int, axis: str = "heads"
+) -> Float[Array, "B T H C"]:
+    """x times the projection `name` [D H C]; `axis` is "kv_heads" for keys and values."""
+    shape, axes = (x.shape[-1], heads, head_dim), ("embed", axis, "head_dim")
+    return jnp.einsum("btd,dhc->bthc", x, projection(module, name, shape, axes, inputs=1, dtype=x.dtype))
+
+
+def from_heads(module: nn.Module, name: str, o: Float[Array, "B T H C"], width: int) -> Float[Array, "B T D"]:
+    """o times the projection `name` [H C D]: the heads joined again."""
+    shape, axes = (*o.shape[2:], width), ("heads", "head_dim", "embed")
+    return jnp.einsum("bthc,hcd->btd", o, projection(module, name, shape, axes, inputs=2, dtype=o.dtype))
 
 
 def require(module: Any, least: int, *names: str) -> None:
@@ -72,6 +120,12 @@ def require(module: Any, least: int, *names: str) -> None:
     for name in names:
         if getattr(module, name) < least:
             raise BadInput(name, getattr(module, name), "is too small", f"{least} or more")
+
+
+def require_one_of(module: Any, name: str, *allowed: str) -> None:
+    """Refuse a module whose field `name` is none of the allowed values."""
+    if getattr(module, name) not in allowed:
+        raise BadInput(name, getattr(module, name), "no such value", f"one of {', '.join(allowed)}")
 
 
 def require_divides(module: Any, part: str, whole: str) -> None:
@@ -86,19 +140,19 @@ def check_state(mixer: Any, state: State, x: Float[Array, "B T D"]) -> None:
     """Refuse a state that `mixer.init_state` would not make for inputs like x.
 
     Lengths of caches are free, all else is not: sizes that differ between the states for one token and
-    for two are lengths.
+    for a million are lengths.
 
     Raises:
         BadInput: the first array that differs in kind, type or shape.
     """
     batch, _, width = x.shape
     make = lambda n: mixer.init_state(batch, n, width=width, max_chunk=n, dtype=x.dtype)
-    one, two = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2))
+    one, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2**30))
     here = jax.tree.structure(one)
     if jax.tree.structure(state) != here:
         raise BadInput("state", jax.tree.structure(state), f"{type(mixer).__name__} keeps another", str(here))
     for (path, a), b, given in zip(
-        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), jax.tree.leaves(state), strict=True
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(many), jax.tree.leaves(state), strict=True
     ):
         fits = len(given.shape) == len(a.shape) and all(
             size == n or n != m for size, n, m in zip(given.shape, a.shape, b.shape, strict=True)

@@ -15,7 +15,7 @@ from jaxlong.core.mask import Mask, causal, sliding
 from jaxlong.core.position import Alibi, NoPE, Rope, apply_rope
 from jaxlong.core.state import ConvTail, KVCache
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import projection
+from jaxlong.mixers.base import check_state, projection, require, require_divides, rms_norm
 from jaxlong.ops.attend import Backend, attend
 from jaxlong.ops.short_conv import short_conv
 
@@ -58,12 +58,8 @@ class GQA(nn.Module):
     backend: Backend = Backend()
 
     def __post_init__(self):
-        for name in ("heads", "kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "must be positive", "1 or more")
-        if self.heads % self.kv_heads:
-            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
-            raise BadInput("kv_heads", self.kv_heads, f"does not divide heads = {self.heads}", f"one of {divisors}")
+        require(self, 1, "heads", "kv_heads", "head_dim")
+        require_divides(self, "kv_heads", "heads")
         if self.conv < 0 or self.conv == 1:
             raise BadInput("conv", self.conv, "is no width of a convolution", "0 for none, or 2 or more")
         if isinstance(self.position, Rope):
@@ -79,6 +75,8 @@ class GQA(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         state: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
+        if state is not None:
+            check_state(self, state, x)
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
         q, k, v, tail = self._project(x, segments, state)
         if isinstance(self.position, Rope):
@@ -144,12 +142,8 @@ class GQA(nn.Module):
             flat, tail = short_conv(flat, kernel, segments, None if state is None else state[1])
             q, k = jnp.split(flat.reshape(qk.shape), [self.heads], axis=2)
         if self.qk_norm:
-            q = _head_norm(
-                q, self._vector("q_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones)
-            )
-            k = _head_norm(
-                k, self._vector("k_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones)
-            )
+            q = rms_norm(q, self._vector("q_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones))
+            k = rms_norm(k, self._vector("k_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones))
         return q, k, v, tail
 
     def _in(self, name: str, x: Array, heads: int) -> Array:
@@ -200,12 +194,6 @@ class GQA(nn.Module):
 
 def _cache(state: Any) -> KVCache:
     return state if isinstance(state, KVCache) else state[0]
-
-
-def _head_norm(x: Float[Array, "B T H C"], scale: Float[Array, "C"]) -> Float[Array, "B T H C"]:
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
-    return (wide * scale).astype(x.dtype)
 
 
 def _identity_conv(key: Array, shape: tuple[int, int], dtype: Any) -> Array:

@@ -33,50 +33,84 @@ def decayed_scores(
 ) -> Float[Array, "*B C C"]:
     """A_ij = sum_c q_ic k_jc exp(b_ic - b_jc) for j <= i, and 0 above the diagonal, for decays of any strength.
 
-    Splitting exp(b_i - b_j) into exp(b_i) exp(-b_j) overflows once a chunk decays by e^-88. Here the rows are
-    halved again and again: a pair that a cut at row r separates is split there, exp(b_i - b_r) exp(b_r - b_j),
-    where both factors are at most 1. That is one matrix product and one exp an element at each level.
+    Differences of large sums lose digits; where the decays themselves are at hand, `gated_scores` is exact.
 
     Args:
         b: cumulated log decays, finite and non-increasing along C.
     """
+    return gated_scores(q, k, jnp.diff(b, axis=-2, prepend=b[..., :1, :]))
+
+
+def gated_scores(
+    q: Float[Array, "*B C K"], k: Float[Array, "*B C K"], log_decay: Float[Array, "*B C K"]
+) -> Float[Array, "*B C C"]:
+    """A_ij = sum_c q_ic k_jc exp(sum of log_decay_lc over j < l <= i) for j <= i, and 0 above the diagonal.
+
+    Splitting the decay at the chunk's first row, exp(b_i) exp(-b_j) with cumulated b, overflows once a chunk
+    decays by e^-88. Here the rows are halved again and again: a pair that a cut separates is split there, and
+    both factors are at most 1. That is one matrix product and one exp an element at each level, with sums that
+    start at the cut and so keep their digits. Calls with the same decays share all exps under jit.
+
+    Args:
+        log_decay: finite, at most 0.
+    """
     length = q.shape[-2]
-    pad = [(0, 0)] * (q.ndim - 2) + [(0, _power_of_two(length) - length), (0, 0)]
-    q, k, b = jnp.pad(q, pad), jnp.pad(k, pad), jnp.pad(b, pad, mode="edge")
-    return _scores(q, k, b)[..., :length, :length]
+    pad = [(0, 0)] * (q.ndim - 2) + [(0, power_of_two(length) - length), (0, 0)]
+    return _scores(*(jnp.pad(x, pad) for x in (q, k, log_decay)))[..., :length, :length]
 
 
-def _power_of_two(length: int) -> int:
+def decay_matrix(log_decay: Float[Array, "*B C"]) -> Float[Array, "*B C C"]:
+    """exp(sum of log_decay_l over j < l <= i) for j <= i, and 0 above the diagonal."""
+    one = jnp.ones_like(log_decay)[..., None]
+    return gated_scores(one, one, log_decay[..., None])
+
+
+def cumulated(x: Float[Array, "*B C K"], *, reverse: bool = False) -> Float[Array, "*B C K"]:
+    """Sums over the rows of a chunk up to each, itself included, or from each on; as a product of matrices."""
+    ones = jnp.ones((x.shape[-2], x.shape[-2]), x.dtype)
+    return jnp.matmul(jnp.triu(ones) if reverse else jnp.tril(ones), x, precision="highest")
+
+
+def power_of_two(length: int) -> int:
     """The least power of two that is at least `length`."""
     return 1 << (length - 1).bit_length()
 
 
-def _halving(q: Array, k: Array, b: Array) -> Array:
+def corner(first: Array, below: Array, second: Array) -> Array:
+    """[[first, 0], [below, second]] of matrices `[... R R]`."""
+    top = jnp.concatenate([first, jnp.zeros_like(below)], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
+
+
+def _halving(q: Array, k: Array, log_decay: Array) -> Array:
     """The scores of a power of two of rows: blocks on the diagonal grow from one row to all."""
-    scores = jnp.sum(q * k, axis=-1)[..., None, None]  # [... C 1 1]
+    blocks = lambda x, rows: x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
+    scores = jnp.sum(q * k, axis=-1)[..., None, None]
+    until, after = blocks(log_decay, 1), blocks(jnp.zeros_like(log_decay), 1)  # sums in a block to and from a row
     rows = 1
     while rows < q.shape[-2]:
-        halves = lambda x, r=rows: jnp.moveaxis(x.reshape(*x.shape[:-2], -1, 2, r, x.shape[-1]), -3, 0)
-        first = halves(b)[1][..., :1, :]
-        late = halves(q)[1] * jnp.exp(halves(b)[1] - first)
-        early = halves(k)[0] * jnp.exp(first - halves(b)[0])
-        across = jnp.einsum("...ic,...jc->...ij", late, early)
-        top = jnp.concatenate([scores[..., 0::2, :, :], jnp.zeros_like(across)], axis=-1)
-        scores = jnp.concatenate([top, jnp.concatenate([across, scores[..., 1::2, :, :]], axis=-1)], axis=-2)
+        (until, late), (early, after) = ((x[..., 0::2, :, :], x[..., 1::2, :, :]) for x in (until, after))
+        later = blocks(q, rows)[..., 1::2, :, :] * jnp.exp(late)
+        earlier = blocks(k, rows)[..., 0::2, :, :] * jnp.exp(early)
+        below = jnp.einsum("...ic,...jc->...ij", later, earlier)
+        scores = corner(scores[..., 0::2, :, :], below, scores[..., 1::2, :, :])
+        first, second = until[..., -1:, :], late[..., -1:, :]
+        until = jnp.concatenate([until, first + late], axis=-2)
+        after = jnp.concatenate([early + second, after], axis=-2)
         rows *= 2
     return scores[..., 0, :, :]
 
 
-def _scores_forward(q: Array, k: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _halving(q, k, b), (q, k, b)
+def _scores_forward(q: Array, k: Array, log_decay: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _halving(q, k, log_decay), (q, k, log_decay)
 
 
 def _scores_backward(saved: tuple[Array, Array, Array], d_scores: Array) -> tuple[Array, Array, Array]:
-    """b stands beside q as exp(b_i) and beside k as exp(-b_j), so its gradient is q dq - k dk."""
-    q, k, b = saved
-    _, pull = jax.vjp(lambda q, k: _halving(q, k, b), q, k)
+    """A decay acts on all later q and all earlier k, so its gradient sums q dq - k dk from its row on."""
+    q, k, log_decay = saved
+    _, pull = jax.vjp(lambda q, k: _halving(q, k, log_decay), q, k)
     dq, dk = pull(d_scores)
-    return dq, dk, q * dq - k * dk
+    return dq, dk, cumulated(q * dq - k * dk, reverse=True)
 
 
 _scores = jax.custom_vjp(_halving)

@@ -8,11 +8,12 @@ loss = sum_i w_i loss_i / sum_i w_i, and the same for gradients and metrics.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from jaxlong.core.types import BadInput, Batch
 from jaxlong.ops.loss import cross_entropy
@@ -28,41 +29,87 @@ GradFn = Callable[[Params, Batch], tuple[Params, Metrics]]
 """(params, batch) -> (gradient of the mean loss, metrics with `loss`)."""
 
 
-def next_token_loss(model: Any, *, z_loss: float = 0.0, chunk: int = 1024) -> LossFn:
-    """Cross entropy of the targets that a batch carries, in nats a weighted label.
+def next_token_loss(model: Any, *, z_loss: float = 0.0, chunk: int = 1024, mtp_weight: float = 0.3) -> LossFn:
+    """Cross entropy of the targets that a batch carries, in nats a weighted label, and what layers add to it.
 
     Args:
-        model: a `jaxlong.model.LM`, or anything with its `apply(..., method="features")`, `head` and `soft_cap`.
+        model: a `jaxlong.model.LM`, or anything with its `apply(..., method="features")`, `head`, `soft_cap` and
+            `mtp`. Scalars that its layers sow into "losses" are added; those in "metrics" are reported.
         z_loss: weight of the mean squared log partition function (PaLM, arXiv 2204.02311, section 5).
         chunk: tokens whose logits exist at once.
+        mtp_weight: of the mean loss of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, equation 25).
 
     Returns:
         A loss with metrics `nll` (mean, without the z-loss: perplexity is its exponential), `accuracy` (share of
-        labels that have the largest logit) and `weight`.
+        labels that have the largest logit) and `weight`; `mtp_nll` (mean over depths) of a model with `mtp`, and
+        the mean over layers of each name that they sow.
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Array, Metrics]:
-        hidden, _ = model.apply(
-            {"params": params},
-            batch.tokens,
-            positions=batch.positions,
-            segment_ids=batch.segment_ids,
-            method="features",
-        )
-        total, stats = cross_entropy(
-            hidden,
-            model.head(params),
-            batch.targets,
-            batch.loss_weights,
-            z_loss=z_loss,
-            chunk=chunk,
-            soft_cap=model.soft_cap,
-        )
-        count = jnp.where(stats.weight_sum > 0, stats.weight_sum, 1.0)
-        means = {"nll": stats.nll_sum / count, "accuracy": stats.correct_sum / count}
-        return total / count, means | {"weight": stats.weight_sum}
+        where = {"positions": batch.positions, "segment_ids": batch.segment_ids}
+        sown = {"mutable": ["losses", "metrics"]}
+        (hidden, _), told = model.apply({"params": params}, batch.tokens, **where, **sown, method="features")
+        head = model.head(params)
+
+        def entropy(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Any, Array]:
+            total, stats = cross_entropy(
+                hidden, head, targets, weights, z_loss=z_loss, chunk=chunk, soft_cap=model.soft_cap
+            )
+            count = jnp.where(stats.weight_sum > 0, stats.weight_sum, 1.0)
+            return total / count, stats, count
+
+        loss, stats, count = entropy(hidden, batch.targets, batch.loss_weights)
+        metrics = {"nll": stats.nll_sum / count, "accuracy": stats.correct_sum / count, "weight": stats.weight_sum}
+        if model.mtp:
+            future = ahead(batch, model.mtp)
+            further, more = model.apply(
+                {"params": params}, hidden, future.tokens, **where, **sown, method="features_ahead"
+            )
+            told = (told, more)
+            losses = [entropy(*depth) for depth in zip(further, future.targets, future.weights, strict=True)]
+            loss += mtp_weight * sum(depth[0] for depth in losses) / model.mtp
+            metrics["mtp_nll"] = sum(stats.nll_sum / count for _, stats, count in losses) / model.mtp
+        added = _by_name(told, "losses")
+        return loss + sum(map(jnp.sum, added.values())), metrics | _means(added) | _means(_by_name(told, "metrics"))
 
     return loss_fn
+
+
+class Ahead(NamedTuple):
+    """What multi-token prediction needs of a batch; `[m]` is m + 1 tokens after each token."""
+
+    tokens: Int[Array, "M B T"]
+    targets: Int[Array, "M B T"]
+    weights: Float[Array, "M B T"]
+
+
+def ahead(batch: Batch, depth: int) -> Ahead:
+    """The next tokens, their labels and those labels' weights: 0 where the label lies in another document.
+
+    Rows must be in the order of the text, as the data pipeline gives them.
+    """
+    tokens, targets, weights = [], [], []
+    for m in range(1, depth + 1):
+        later = lambda x, n: jnp.concatenate([x[:, n:], jnp.zeros_like(x[:, :n])], axis=1)
+        same = later(batch.segment_ids, m) == batch.segment_ids
+        tokens.append(later(batch.targets, m - 1))
+        targets.append(later(batch.targets, m))
+        weights.append(jnp.where(same, later(batch.loss_weights, m), 0))
+    return Ahead(*map(jnp.stack, (tokens, targets, weights)))
+
+
+def _by_name(told: Any, collection: str) -> dict[str, Array]:
+    """Everything sown under a name, over layers and modules, as one array a name."""
+    found: dict[str, list[Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(told):
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if keys[0] == collection:
+            found.setdefault(keys[-1], []).append(leaf.reshape(-1).astype(jnp.float32))
+    return {name: jnp.concatenate(leaves) for name, leaves in found.items()}
+
+
+def _means(values: dict[str, Array]) -> Metrics:
+    return {name: value.mean() for name, value in values.items()}
 
 
 def full(loss_fn: LossFn) -> GradFn:

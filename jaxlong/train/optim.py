@@ -243,12 +243,34 @@ def make_optimizer(
     """
     rate = learning_rate(schedule, steps)
     mask = _map_axes(decays, axes) if axes is not None else lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    return optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        optimizer.direction(axes),
-        optax.add_decayed_weights(optimizer.weight_decay, mask),
-        optax.scale_by_learning_rate(rate),
+    return self_moving(
+        optax.chain(
+            optax.clip_by_global_norm(clip) if clip else optax.identity(),
+            optimizer.direction(axes),
+            optax.add_decayed_weights(optimizer.weight_decay, mask),
+            optax.scale_by_learning_rate(rate),
+        )
     )
+
+
+SELF_MOVING = ("selection_bias", "centroids")
+"""Parameters that move by a rule of their own layer: what the layer gives as their gradient is the step, negated."""
+
+
+def self_moving(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` for all parameters but those named in `SELF_MOVING`, from which their gradient is subtracted as it is.
+
+    They take no part in the norm that clips the others' gradients.
+    """
+    own = lambda path: str(getattr(path[-1], "key", "")) in SELF_MOVING
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        others = jax.tree_util.tree_map_with_path(lambda path, g: jnp.zeros_like(g) if own(path) else g, grads)
+        updates, state = tx.update(others, state, params)
+        pick = lambda path, update, g: -g if own(path) else update
+        return jax.tree_util.tree_map_with_path(pick, updates, grads), state
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def learning_rate(schedule: Schedule, steps: int) -> Callable[[Array], Array]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlong.core.state import EMPTY, ConvTail, KVCache, nbytes
+from jaxlong.core.types import BadInput
 
 B, K, C, V = 2, 3, 4, 5
 
@@ -98,7 +99,7 @@ def test_push_compiles_once_and_carries_gradients():
 
 
 def test_a_chunk_longer_than_the_cache_is_refused():
-    with pytest.raises(ValueError, match="7 tokens into a cache of 6 slots"):
+    with pytest.raises(BadInput, match=r"tokens: 7: .* 6 slots; at most 6"):
         pushed(6, [7])
 
 

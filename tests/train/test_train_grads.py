@@ -83,11 +83,11 @@ def test_rows_that_do_not_divide(params):
 class Table:
     """A model whose hidden state is a table's row: the loss is then softmax regression."""
 
-    soft_cap = None
+    soft_cap, mtp = None, 0
 
-    def apply(self, variables, tokens, *, positions, segment_ids, method):
-        assert method == "features"
-        return variables["params"]["table"][tokens], None
+    def apply(self, variables, tokens, *, positions, segment_ids, method, mutable):
+        assert method == "features" and "losses" in mutable
+        return (variables["params"]["table"][tokens], None), {}
 
     def head(self, params):
         return params["head"]

@@ -1,0 +1,113 @@
+"""Compressive memory (Infini-attention): what left the local window, folded into one matrix a key head."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jaxlong.core.state import Recurrent
+from jaxlong.core.types import BadInput
+from jaxlong.ops.chunks import join, split
+from jaxlong.ops.dense import precision
+
+UPDATES = ("linear", "delta")
+
+
+def empty_memory(batch: int, kv_heads: int, key_dim: int, value_dim: int) -> Recurrent:
+    """Nothing stored: (M, z) as the running segment found them, and (M, z) of what it will add."""
+    matrix, vector = (kv_heads, key_dim, value_dim), (kv_heads, key_dim)
+    return Recurrent.empty(batch, matrix, vector, matrix, vector)
+
+
+def compressive_memory(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K V"],
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    segment: int,
+    update: str,
+    state: Recurrent | None = None,
+) -> tuple[Float[Array, "B T H V"], Recurrent]:
+    """Reads a memory that changes at the end of each segment of `segment` tokens of a document.
+
+        o_t = s(q_t) M / (s(q_t) z),  s(x) = elu(x) + 1,  M and z as the segments before t's left them
+        M += sum_j s(k_j)^T (v_j - r_j),  z += sum_j s(k_j)   over a segment; r_j = s(k_j) M / (s(k_j) z), or 0
+
+    An empty memory gives 0. Segments are counted by positions, from the start of each document. The row is walked in
+    cells of at most `segment` tokens: in a cell the document that came in ends at most one segment, and those that
+    start there are in their first, whose memory is empty. Memory and sums are float32.
+
+    Args:
+        update: "linear" (r_j = 0) or "delta".
+        state: continues `empty_memory` or what a call returned, if the first token is of the same document.
+
+    Returns:
+        o in float32, and the state after the last token.
+
+    Raises:
+        BadInput: another update.
+
+    Source: Munkhdalai et al. 2024, arXiv 2404.07143, section 2.1.
+    """
+    if update not in UPDATES:
+        raise BadInput("update", update, "no such rule", f"one of {', '.join(UPDATES)}")
+    (B, T, H, C), K = q.shape, k.shape[2]
+    exact = precision(q.dtype)
+    state = empty_memory(B, K, C, v.shape[-1]) if state is None else state
+    size = min(segment, T)
+    whole = jnp.pad(segment_ids, [(0, 0), (0, -T % size)], mode="edge")  # what pads has no keys and ends no segment
+    q, k, v = _positive(q).reshape(B, T, K, H // K, C), _positive(k), v.astype(jnp.float32)
+
+    def gathered(keys, values, mask, memory):
+        """(M, z) that the keys of the mask add to a memory."""
+        if update == "delta":
+            values = values - _read(keys[..., None, :], memory, exact)[..., 0, :]
+        keys = jnp.where(mask[..., None, None], keys, 0)
+        return jnp.einsum("btkc,btkv->bkcv", keys, values, precision=exact), keys.sum(1)
+
+    def cell(carry: Recurrent, tokens):
+        q, k, v, edges, ids = tokens
+        entry, pending = carry.memory[:2], carry.memory[2:]
+        old = ids == carry.segment_ids[:, None]
+        crossed = jnp.cumsum(edges & old, axis=1) > 0
+        before, after = old & ~crossed, old & crossed
+
+        grown = _add(_add(entry, pending), gathered(k, v, before, entry))
+        at = lambda mask, memory: jnp.where(mask[..., None, None, None], _read(q, memory, exact), 0)
+        out = at(before, entry) + at(after, grown)
+
+        last, beyond = ids[:, -1], crossed[:, -1]
+        same = last == carry.segment_ids
+        entry = _where(same, _where(beyond, grown, entry), jax.tree.map(jnp.zeros_like, entry))
+        running = (ids == last[:, None]) & (crossed == beyond[:, None])
+        pending = _where(same & ~beyond, pending, jax.tree.map(jnp.zeros_like, pending))
+        pending = _add(pending, gathered(k, v, running, entry))
+        return Recurrent((*entry, *pending), last), out
+
+    cells = tuple(split(x, size) for x in (q, k, v, positions % segment == 0, whole))
+    state, out = jax.lax.scan(jax.checkpoint(cell), state, cells)
+    return join(out, T).reshape(B, T, H, -1), state
+
+
+def _positive(x: Array) -> Array:
+    return jax.nn.elu(x.astype(jnp.float32)) + 1
+
+
+def _read(x: Float[Array, "B T K G C"], memory: tuple[Array, Array], exact) -> Float[Array, "B T K G V"]:
+    """x M / (x z), and 0 where nothing is stored."""
+    matrix, norm = memory
+    weight = jnp.einsum("btkgc,bkc->btkg", x, norm, precision=exact)[..., None]
+    value = jnp.einsum("btkgc,bkcv->btkgv", x, matrix, precision=exact)
+    return jnp.where(weight > 0, value / jnp.where(weight > 0, weight, 1), 0)
+
+
+def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _where(rows: Bool[Array, "B"], a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
