@@ -42,9 +42,12 @@ def decayed_scores(
 
 
 def gated_scores(
-    q: Float[Array, "*B C K"], k: Float[Array, "*B C K"], log_decay: Float[Array, "*B C K"]
+    q: Float[Array, "*B C K"],
+    k: Float[Array, "*B C K"],
+    log_decay: Float[Array, "*B C K"],
+    pairs: Bool[Array, "*#B C C"] | None = None,
 ) -> Float[Array, "*B C C"]:
-    """A_ij = sum_c q_ic k_jc exp(sum of log_decay_lc over j < l <= i) for j <= i, and 0 above the diagonal.
+    """A_ij = sum_c q_ic k_jc exp(sum of log_decay_lc over j < l <= i) for pairs (i, j), and 0 elsewhere.
 
     Splitting the decay at the chunk's first row, exp(b_i) exp(-b_j) with cumulated b, overflows once a chunk
     decays by e^-88. Here the rows are halved again and again: a pair that a cut separates is split there, and
@@ -53,16 +56,18 @@ def gated_scores(
 
     Args:
         log_decay: finite, at most 0.
+        pairs: rows i and j <= i of one document; None is all j <= i.
     """
-    length = q.shape[-2]
-    pad = [(0, 0)] * (q.ndim - 2) + [(0, power_of_two(length) - length), (0, 0)]
-    return _scores(*(jnp.pad(x, pad) for x in (q, k, log_decay)))[..., :length, :length]
+    pairs = jnp.tril(jnp.ones((q.shape[-2], q.shape[-2]), bool)) if pairs is None else pairs
+    return _scores(q, k, log_decay, pairs)
 
 
-def decay_matrix(log_decay: Float[Array, "*B C"]) -> Float[Array, "*B C C"]:
-    """exp(sum of log_decay_l over j < l <= i) for j <= i, and 0 above the diagonal."""
+def decay_matrix(
+    log_decay: Float[Array, "*B C"], pairs: Bool[Array, "*#B C C"] | None = None
+) -> Float[Array, "*B C C"]:
+    """exp(sum of log_decay_l over j < l <= i) for pairs (i, j), and 0 elsewhere; as `gated_scores`."""
     one = jnp.ones_like(log_decay)[..., None]
-    return gated_scores(one, one, log_decay[..., None])
+    return gated_scores(one, one, log_decay[..., None], pairs)
 
 
 def cumulated(x: Float[Array, "*B C K"], *, reverse: bool = False) -> Float[Array, "*B C K"]:
@@ -82,8 +87,11 @@ def corner(first: Array, below: Array, second: Array) -> Array:
     return jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
 
 
-def _halving(q: Array, k: Array, log_decay: Array) -> Array:
-    """The scores of a power of two of rows: blocks on the diagonal grow from one row to all."""
+def _masked_scores(q: Array, k: Array, log_decay: Array, pairs: Array) -> Array:
+    """Blocks on the diagonal grow from one row to all, of which there is a power of two."""
+    length = q.shape[-2]
+    pad = [(0, 0)] * (q.ndim - 2) + [(0, power_of_two(length) - length), (0, 0)]
+    q, k, log_decay = (jnp.pad(x, pad) for x in (q, k, log_decay))
     blocks = lambda x, rows: x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
     scores = jnp.sum(q * k, axis=-1)[..., None, None]
     until, after = blocks(log_decay, 1), blocks(jnp.zeros_like(log_decay), 1)  # sums in a block to and from a row
@@ -98,20 +106,21 @@ def _halving(q: Array, k: Array, log_decay: Array) -> Array:
         until = jnp.concatenate([until, first + late], axis=-2)
         after = jnp.concatenate([early + second, after], axis=-2)
         rows *= 2
-    return scores[..., 0, :, :]
+    return jnp.where(pairs, scores[..., 0, :length, :length], 0)
 
 
-def _scores_forward(q: Array, k: Array, log_decay: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _halving(q, k, log_decay), (q, k, log_decay)
+def _scores_forward(q: Array, k: Array, log_decay: Array, pairs: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _masked_scores(q, k, log_decay, pairs), (q, k, log_decay, pairs)
 
 
-def _scores_backward(saved: tuple[Array, Array, Array], d_scores: Array) -> tuple[Array, Array, Array]:
-    """A decay acts on all later q and all earlier k, so its gradient sums q dq - k dk from its row on."""
-    q, k, log_decay = saved
-    _, pull = jax.vjp(lambda q, k: _halving(q, k, log_decay), q, k)
+def _scores_backward(saved: tuple[Array, ...], d_scores: Array) -> tuple[Array, Array, Array, None]:
+    """A decay acts on later q and on earlier k, so its gradient sums q dq - k dk over its document, from its row on."""
+    q, k, log_decay, pairs = saved
+    _, pull = jax.vjp(lambda q, k: _masked_scores(q, k, log_decay, pairs), q, k)
     dq, dk = pull(d_scores)
-    return dq, dk, cumulated(q * dq - k * dk, reverse=True)
+    onward = jnp.swapaxes(pairs, -1, -2).astype(q.dtype)
+    return dq, dk, jnp.matmul(onward, q * dq - k * dk, precision="highest"), None
 
 
-_scores = jax.custom_vjp(_halving)
+_scores = jax.custom_vjp(_masked_scores)
 _scores.defvjp(_scores_forward, _scores_backward)

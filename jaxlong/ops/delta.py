@@ -157,12 +157,11 @@ def _delta_chunks(q: Array, k: Array, v: Array, decay: Array, beta: Array, docs:
     """A token writes k_i p_i^T, where p_i = beta_i (v_i - what k_i reads after the decay)."""
     enter, leave, keep = _gates(decay, docs)
     if decay.shape[-1] < k.shape[-1]:
-        fade = decay_matrix(decay[..., 0])
+        fade = decay_matrix(decay[..., 0], docs.pairs)
         seen, met = (jnp.einsum("...ic,...jc->...ij", x, k) * fade for x in (q, k))
     else:
-        seen, met = (gated_scores(x, k, decay) for x in (q, k))
-    seen, met = jnp.where(docs.pairs, seen, 0), jnp.where(docs.pairs, jnp.tril(met, -1), 0)
-    p, by_s = _solve(-beta * met, beta * v, -beta * k * enter)
+        seen, met = (gated_scores(x, k, decay, docs.pairs) for x in (q, k))
+    p, by_s = _solve(-beta * jnp.tril(met, -1), beta * v, -beta * k * enter)
     write = jnp.swapaxes(k * leave, -1, -2)
     return _Chunks(seen @ p, q * enter + seen @ by_s, keep, write @ by_s, write @ p)
 
@@ -171,8 +170,9 @@ def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b:
     """A token writes b_i p_i^T + k_i v_i^T, where p_i is what a_i reads: row i - 1 after its decay."""
     enter, leave, keep = _gates(decay, docs)
     before = docs.enter * jnp.exp(_down(cumulated(decay)))
-    seen_b, seen_k = (jnp.where(docs.pairs, gated_scores(r, x, decay), 0) for x in (b, k))
-    met_b, met_k = (jnp.where(docs.pairs, _down(gated_scores(_up(a), x, decay)), 0) for x in (b, k))
+    scores = lambda q, k: gated_scores(q, k, decay, docs.pairs)
+    seen_b, seen_k = scores(r, b), scores(r, k)
+    met_b, met_k = (jnp.where(docs.pairs, _down(scores(_up(a), x)), 0) for x in (b, k))
     p, by_s = _solve(met_b, met_k @ v, a * before)
     write_b, write_k = (jnp.swapaxes(x * leave, -1, -2) for x in (b, k))
     out, add = seen_b @ p + seen_k @ v, write_b @ p + write_k @ v
