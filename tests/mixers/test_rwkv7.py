@@ -55,9 +55,13 @@ def channel_params(case, turned=False):
     return {"mu_k": case["x_k"], "wk": weight("key"), "wv": weight("value")}
 
 
-def mix(params, x, first, state=None, start=0):
-    positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape[:2])
-    return RWKV.apply({"params": params}, x, first, positions=positions, state=state, method="mix")
+def positions_of(x):
+    return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+
+
+@jax.jit
+def mix(params, x, first, state=None):
+    return RWKV.apply({"params": params}, x, first, positions=positions_of(x), state=state, method="mix")
 
 
 def test_model_equals_the_rwkv_package():
@@ -70,7 +74,7 @@ def test_model_equals_the_rwkv_package():
         return x * p[f"{name}.weight"] + p[f"{name}.bias"]
 
     x = norm(p["emb.weight"], "blocks.0.ln0")[p["tokens"]][None]
-    first, positions = RWKV.no_values(x), jnp.arange(x.shape[1])[None]
+    first = RWKV.no_values(x)
     for i in range(2):
         block = {key.removeprefix(f"blocks.{i}."): value for key, value in p.items()}
         part = lambda kind, block=block: {k.removeprefix(kind): v for k, v in block.items() if k.startswith(kind)}
@@ -78,7 +82,7 @@ def test_model_equals_the_rwkv_package():
         y, _, first = mix(time_params(params, turned=True), norm(x, f"blocks.{i}.ln1"), first)
         x += y
         params = {"params": channel_params(part("ffn."), turned=True)}
-        x += CHANNEL.apply(params, norm(x, f"blocks.{i}.ln2"), positions=positions)[0]
+        x += CHANNEL.apply(params, norm(x, f"blocks.{i}.ln2"), positions=positions_of(x))[0]
     close((norm(x, "ln_out") @ p["head.weight"].T)[0], p["logits"])
 
 
@@ -137,7 +141,7 @@ def test_recurrence_equals_fla():
 def layer_params(seed, layers=None):
     """Random parameters; with an axis of layers in front where `layers` are asked for."""
     x = jnp.zeros((1, 2, 12))
-    params = nn.unbox(RWKV.init(jax.random.key(0), x, positions=jnp.zeros((1, 2), jnp.int32))["params"])
+    params = nn.unbox(jax.jit(RWKV.init)(jax.random.key(0), x, positions=jnp.zeros((1, 2), jnp.int32))["params"])
     leaves, tree = jax.tree.flatten(params)
     front = () if layers is None else (layers,)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -147,15 +151,14 @@ def layer_params(seed, layers=None):
 
 def test_first_layer_is_left_as_it_is():
     x, params = jax.random.normal(jax.random.key(1), (2, 9, 12)), layer_params(2)
-    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
-    y, _ = RWKV.apply({"params": params}, x, positions=positions)
+    apply = jax.jit(lambda mixer, p: mixer.apply({"params": p}, x, positions=positions_of(x))[0], static_argnums=0)
+    y = apply(RWKV, params)
     for first in (None, RWKV.no_values(x)):
         other, _, first = mix(params, x, first)
         np.testing.assert_array_equal(other, y)
         assert first.known and bool(jnp.isfinite(first.v).all())
-    without = RWKV.clone(value_residual=False)
     rest = {key: value for key, value in params.items() if key not in ("v0", "v1", "v2")}
-    np.testing.assert_array_equal(without.apply({"params": rest}, x, positions=positions)[0], y)
+    np.testing.assert_array_equal(apply(RWKV.clone(value_residual=False), rest), y)
 
 
 def test_values_travel_through_a_scan_over_layers():
@@ -178,18 +181,17 @@ def test_values_travel_through_a_scan_over_layers():
 def test_chunks_equal_the_whole_with_values_of_another_layer():
     x, params = jax.random.normal(jax.random.key(1), (2, 2, 9, 12)), (layer_params(2), layer_params(3))
 
-    def both(part, start, states):
-        y0, s0, first = mix(params[0], x[0][:, part], None, states[0], start)
-        y1, s1, _ = mix(params[1], x[1][:, part], first, states[1], start)
+    def both(part, states):
+        y0, s0, first = mix(params[0], x[0][:, part], None, states[0])
+        y1, s1, _ = mix(params[1], x[1][:, part], first, states[1])
         return jnp.stack([y0, y1]), (s0, s1)
 
-    whole, _ = both(slice(0, 9), 0, (None, None))
+    whole, _ = both(slice(0, 9), (None, None))
     states = (RWKV.init_state(2, 9, width=12, max_chunk=5, dtype=x.dtype),) * 2
-    parts, start = [], 0
-    for length in (5, 1, 3):
-        y, states = both(slice(start, start + length), start, states)
+    parts = []
+    for part in (slice(0, 5), slice(5, 6), slice(6, 9)):
+        y, states = both(part, states)
         parts.append(y)
-        start += length
     np.testing.assert_allclose(jnp.concatenate(parts, axis=2), whole, atol=1e-5)
 
 
@@ -197,11 +199,11 @@ def test_long_and_strongly_decayed_stays_finite():
     """Every channel at the fastest decay, 0.607 a token, or at none; keys that repeat."""
     mixer = RWKV7(heads=1, head_dim=4, decay_rank=2, rate_rank=2, gate_rank=2, value_residual=False)
     x = jnp.tile(jax.random.normal(jax.random.key(0), (1, 64, 4)), (1, 64, 1))
-    positions = jnp.arange(4096)[None]
-    params = nn.unbox(mixer.init(jax.random.key(1), x[:, :2], positions=positions[:, :2])["params"])
+    positions = positions_of(x)
+    params = nn.unbox(jax.jit(mixer.init)(jax.random.key(1), x, positions=positions)["params"])
     params |= {"w0": jnp.array([[30.0, 30.0, -30.0, 0.0]]), "a0": jnp.full((1, 4), 30.0)}
     f = lambda params, x: jnp.square(mixer.apply({"params": params}, x, positions=positions)[0]).sum()
-    value, grads = jax.value_and_grad(f, (0, 1))(params, x)
+    value, grads = jax.jit(jax.value_and_grad(f, (0, 1)))(params, x)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((value, grads)))
 
 
