@@ -24,7 +24,10 @@ from jaxlong.ops.chunks import join, split
 from jaxlong.ops.dense import accumulator, precision
 
 QUERY_BLOCK = 64
-"""Queries whose chosen keys are gathered at a time."""
+"""Queries that are worked on at a time."""
+
+GATHERED = 2**26
+"""Numbers of a row that `attend_selected` gathers at a time; fewer queries where they choose much."""
 
 
 class Selection(NamedTuple):
@@ -62,7 +65,7 @@ def attend_selected(
     k_segments: Int[Array, "B S"] | None = None,
     block: int = 1,
     scale: float | None = None,
-    query_block: int = QUERY_BLOCK,
+    query_block: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Softmax attention over the selected keys, and the log of each softmax denominator.
 
@@ -80,6 +83,7 @@ def attend_selected(
         block: an index i names the span of slots i to i + block - 1, counted around a ring of S slots. It ends early
             where positions stop counting up by one: at the end of its document.
         scale: C ** -0.5 unless given.
+        query_block: queries at a time; None is as many as gather `GATHERED` numbers a row, at most `QUERY_BLOCK`.
 
     Returns:
         out in v's dtype, lse in float32.
@@ -99,6 +103,9 @@ def attend_selected(
 
     scale = C**-0.5 if scale is None else scale
     shared, own = (groups, 1) if groups in (1, K) else (K, H // K)  # groups = key heads x selections of each
+    if query_block is None:
+        numbers = K * own * selection.indices.shape[-1] * block * (C + v.shape[-1])
+        query_block = max(1, min(QUERY_BLOCK, GATHERED // numbers))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     heads = jnp.arange(H, dtype=jnp.int32).reshape(K, own, -1, 1, 1)
 
