@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlong.core.position import NoPE, Rope, Yarn
 from jaxlong.mixers import MLA
 
 
-def latent_case(golden, case: str, mixer: type[MLA]) -> tuple[Callable, MLA, dict[str, np.ndarray]]:
+def latent_case(golden, case: str, mixer: type[MLA]) -> tuple[Callable, MLA, dict[str, jax.Array]]:
     """Of a case of transformers: its arrays by name, the mixer, and the parameters."""
-    get = lambda name: golden[f"{case}/{name}"]
-    said, start = json.loads(str(get("fields"))), f"{case}/p/"
-    params = {name.removeprefix(start): golden[name] for name in golden.files if name.startswith(start)}
+    get = lambda name: jnp.asarray(golden[f"{case}/{name}"])
+    said, start = json.loads(str(golden[f"{case}/fields"])), f"{case}/p/"
+    names = [name.removeprefix(start) for name in golden.files if name.startswith(start)]
+    params = {name: get(f"p/{name}") for name in names}
     return get, mixer(**said["fields"], position=position_of(said["rope"])), params
 
 
@@ -32,3 +36,11 @@ def position_of(rope: dict | None) -> Rope | NoPE:
 
 def near(got, want, what: str):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=what)
+
+
+def made(mixer: MLA, length: int, dtype: str = "float32") -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    """Parameters, x [2, length, 12] and its positions."""
+    x = jax.random.normal(jax.random.key(0), (2, length, 12), dtype)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
+    init = jax.jit(lambda x: nn.unbox(mixer.init(jax.random.key(1), x, positions=positions))["params"])
+    return init(x), x, positions

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from latent_golden import latent_case, near
+from latent_golden import latent_case, made, near
 
 from jaxlong.core.mask import sliding
 from jaxlong.core.position import Alibi, NoPE, Rope
@@ -43,13 +42,6 @@ def test_equals_transformers(case, form):
         near(gradient, get(f"d/{name}"), name)
 
 
-def made(mixer: MLA, length: int, dtype="float32"):
-    """(parameters, x, positions)."""
-    x = jax.random.normal(jax.random.key(0), (2, length, 12), dtype)
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
-    return nn.unbox(mixer.init(jax.random.key(1), x, positions=positions)), x, positions
-
-
 @pytest.mark.parametrize("position", [Rope(interleaved=True), NoPE()], ids=["rope", "nope"])
 @pytest.mark.parametrize("mask", [SMALL.mask, sliding(7)], ids=["causal", "window"])
 def test_absorbed_equals_expanded(position, mask):
@@ -60,7 +52,7 @@ def test_absorbed_equals_expanded(position, mask):
 
     def run(form):
         mixer = expanded.clone(form=form)
-        f = lambda p, x: mixer.apply(p, x, positions=positions, segment_ids=segments)[0]
+        f = lambda p, x: mixer.apply({"params": p}, x, positions=positions, segment_ids=segments)[0]
         y, back = jax.vjp(f, params, x)
         return y, back(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
 
@@ -73,11 +65,16 @@ def test_bfloat16_forms_round_alike():
     """In bfloat16 the absorbed form is as near to the truth as the expanded one."""
     big = MLA(heads=4, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16, form="expanded")
     params, x, positions = made(big, 48)
-    x = x.astype(jnp.bfloat16)
-    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params)
-    want = big.apply(rounded, x.astype(jnp.float32), positions=positions)[0]
-    error = lambda form: np.abs(big.clone(form=form).apply(params, x, positions=positions)[0] - want).max()
-    assert error("absorbed") < 1.5 * error("expanded") < 0.03 * np.abs(want).max()
+    narrow = lambda a: a.astype(jnp.bfloat16)
+    run = lambda form, p, x: big.clone(form=form).apply({"params": p}, x, positions=positions)[0].astype(jnp.float32)
+
+    @jax.jit
+    def errors(params, x):
+        truth = run("expanded", *jax.tree.map(lambda a: narrow(a).astype(jnp.float32), (params, x)))
+        return [jnp.abs(run(form, params, narrow(x)) - truth).max() for form in ("absorbed", "expanded")], truth
+
+    (absorbed, expanded), truth = errors(params, x)
+    assert absorbed < 1.5 * expanded < 0.03 * jnp.abs(truth).max()
 
 
 def test_form_is_the_cheaper_one():
@@ -118,4 +115,4 @@ def test_state_of_another_mixer():
     params, x, positions = made(SMALL, 4)
     other = SMALL.clone(kv_rank=11).init_state(2, 8, width=12, max_chunk=4, dtype=x.dtype)
     with pytest.raises(BadInput, match=r"state\.latent"):
-        SMALL.apply(params, x, positions=positions, state=other)
+        SMALL.apply({"params": params}, x, positions=positions, state=other)

@@ -32,6 +32,11 @@ def documents(length: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.tile(a, (2, 1)).astype(np.int32) for a in (positions, segments))
 
 
+def seen_at(positions, segments, k_segments=None) -> Sight:
+    positions, segments = jnp.asarray(positions), jnp.asarray(segments)
+    return Sight(positions, positions, segments, segments if k_segments is None else jnp.asarray(k_segments))
+
+
 def score(a, b, t, s) -> float:
     heads, dim = a["iq"].shape[2:]
     products = np.maximum(a["iq"][b, t] @ a["ik"][b, s], 0)
@@ -66,7 +71,7 @@ def test_loss_equals_a_loop(length, window, top_k):
     """Over all visible keys, and over chosen ones; more queries than a block; directional derivatives too."""
     a, (positions, segments) = arrays(length), documents(length)
     mask = causal() if window == 99 else sliding(window)
-    sight = Sight(positions, positions, segments, segments)
+    sight = seen_at(positions, segments)
     chosen, sets = None, {}
     for b in range(2):
         for t in range(length):
@@ -98,7 +103,7 @@ def test_loss_equals_a_loop(length, window, top_k):
 
 def test_loss_does_not_teach_the_attention():
     a, (positions, segments) = arrays(9), documents(9)
-    sight = Sight(positions, positions, segments, segments)
+    sight = seen_at(positions, segments)
     f = lambda q, k: loss(a | {"q": q, "k": k}, sight, None, causal()).sum()
     for gradient in jax.grad(f, (0, 1))(jnp.asarray(a["q"], jnp.float32), jnp.asarray(a["k"], jnp.float32)):
         assert not np.asarray(gradient).any()
@@ -107,7 +112,7 @@ def test_loss_does_not_teach_the_attention():
 def test_query_without_keys():
     """Loses nothing, and no NaN reaches the gradient."""
     a, (positions, segments) = arrays(6), documents(6)
-    sight = Sight(positions, positions, segments, np.full_like(segments, -1))
+    sight = seen_at(positions, segments, np.full_like(segments, -1))
     learned = [jnp.asarray(a[name], jnp.float32) for name in ("iq", "w", "ik")]
     nothing = Selection(jnp.zeros((2, 6, 1, 3), jnp.int32), jnp.zeros((2, 6, 1, 3), bool))
     for chosen in (None, nothing):
