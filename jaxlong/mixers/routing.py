@@ -241,7 +241,7 @@ class Routing(nn.Module):
         """The commitment loss, with the moving average as its gradient on the centroids."""
         x, best = jnp.concatenate(units, axis=1), jnp.concatenate(scores, axis=1).argmax(-1)
         nearest = lax.stop_gradient(centroids)[jnp.arange(centroids.shape[0]), best]
-        commit = self.commitment * jnp.square(x - nearest).mean()
+        commit = self.commitment * jnp.square(x - nearest).sum(-1).mean()
         member = jax.nn.one_hot(best, self.clusters, dtype=jnp.float32)
         total = jnp.einsum("btrn,btrc->rnc", member, lax.stop_gradient(x), precision=lax.Precision.HIGHEST)
         norm = jnp.sqrt(jnp.square(total).sum(-1, keepdims=True))
