@@ -17,6 +17,7 @@ from jaxlong.ops.chunk_memory import ChunkMemory, chunk_conv, chunk_memory, mark
 from jaxlong.ops.chunks import starts
 
 InPlaceState = tuple[Recurrent, Array, Array]
+"""What the document has added to the down projection, and the x and z of its last tokens."""
 
 
 class InPlaceTTT(nn.Module):
@@ -60,8 +61,8 @@ class InPlaceTTT(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: InPlaceState | None = None,
-    ) -> tuple[Float[Array, "B T D"], InPlaceState | None]:
+        state: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         if x.shape[-1] != self.width:
             raise BadInput("width", self.width, f"the input has {x.shape[-1]} channels", "the input's width")
         if state is not None:

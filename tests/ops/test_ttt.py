@@ -118,7 +118,7 @@ def test_whole_documents(length, sizes, depth):
     o, state, grads = value_and_grads(op, *single((inputs, learned)))
     assert state is None
     close((o, grads), (want[0], want[2]))
-    for part in (1, 7):
+    for part in (1, 7) if depth == 1 else ():
         close(op([a[:, :part] for a in single(inputs)], single(learned))[0], want[0][:, :part])
 
 
