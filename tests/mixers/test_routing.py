@@ -168,7 +168,7 @@ def test_packed_documents_equal_separate_ones_with_a_state(name):
 
 @every_mixer
 def test_descent_moves_centroids_as_a_moving_average(name):
-    mixer, decay = MIXERS[name].clone(commitment=0.3), 0.9
+    mixer, decay = MIXERS[name].clone(commitment=0.3, rate=0.1), 0.9
     params, x = random_params(mixer, np.random.default_rng(1)), np.random.default_rng(2).normal(size=(2, 8, WIDTH))
 
     def loss(params, x):
@@ -198,7 +198,7 @@ def test_descent_moves_centroids_as_a_moving_average(name):
     np.testing.assert_allclose(value, want, rtol=1e-5)
     norm = np.linalg.norm(totals, axis=-1, keepdims=True)
     mean = np.where(norm > 0, totals / np.where(norm > 0, norm, 1), params["centroids"])
-    moved = params["centroids"] - (1 - decay) * grads["centroids"]
+    moved = params["centroids"] - grads["centroids"]
     np.testing.assert_allclose(moved, decay * params["centroids"] + (1 - decay) * mean, atol=1e-6)
     along = np.random.default_rng(3).normal(size=x.shape)
     slope = (naive(x + 1e-6 * along)[0] - naive(x - 1e-6 * along)[0]) / 2e-6
