@@ -40,6 +40,8 @@ PARAMETERS = {
     "sparse_transformer": 95e6,
     "log_linear_800m": 0.8e9,
     "lfm2_1b": 1.17e9,
+    "kimi_linear_48b": 49.1e9,
+    "qwen3_next_80b": 80e9,
 }
 """What their authors report, as exactly as they do."""
 
