@@ -5,11 +5,12 @@ The indexer is warmed up with `stage="dense"`; this is the stage that follows.
     python -m experiments.pretrain --config=configs/deepseek_v32.py --workdir=runs/deepseek32 --mesh=fsdp=64,expert=32
 """
 
-from configs.deepseek_v3 import DENSE, EXPERTS, POSITION
+from configs.deepseek_v3 import DENSE, POSITION
+from configs.deepseek_v3 import MODEL as V3
 from configs.published import published
 from jaxlong.config import Experiment
 from jaxlong.mixers import DSA
-from jaxlong.model import LM, Layer
+from jaxlong.model import Layer
 
 ATTENTION = DSA(
     heads=128,
@@ -23,17 +24,7 @@ ATTENTION = DSA(
     index_heads=64,
     index_dim=128,
 )
-MODEL = LM(
-    vocab=129280,
-    width=7168,
-    depth=61,
-    before=(Layer(ATTENTION, DENSE),) * 3,
-    pattern=(ATTENTION,),
-    mlp=EXPERTS,
-    remat="full",
-    dtype="bfloat16",
-    mtp=1,
-)
+MODEL = V3.clone(before=(Layer(ATTENTION, DENSE),) * 3, pattern=(ATTENTION,))
 
 
 def config() -> Experiment:
