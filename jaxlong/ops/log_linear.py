@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +65,12 @@ def log_linear(
     (B, T, H, C), V, L = q.shape, v.shape[-1], scales.shape[-1]
     if L < 2:
         raise BadInput("levels", L, "a token itself and what is before it", "2 or more")
-    exact = precision(q.dtype)
     size = min(chunk, T)
-    fine = (size - 1).bit_length()  # levels inside a block of positions that holds a chunk
+    fine = (size - 1).bit_length()
     aligned = segment_ids is None and state is None
     slots = slots_for(L, T) if state is None else state.memory.shape[1]
-    low = min(fine, slots - 1) if aligned else 0  # aligned chunks leave the pieces below empty
-    carry = Recurrent.empty(B, (slots - low, H, C, V)) if state is None else state
+    grid = _Grid(fine, min(fine, slots - 1) if aligned else 0, slots, aligned, precision(q.dtype))
+    carry = Recurrent.empty(B, (slots - grid.low, H, C, V)) if state is None else state
     ids = jnp.zeros_like(positions) if segment_ids is None else segment_ids
 
     group = math.isqrt(-(-T // size))
@@ -76,67 +78,109 @@ def log_linear(
     floats = (x.astype(jnp.float32) for x in (q, k, v, log_decay, scales))
     arrays = [jnp.pad(x, blank + [(0, 0)] * (x.ndim - 2)) for x in floats]
     arrays += [jnp.pad(x, blank, mode="edge") for x in (positions, ids)]  # what pads repeats the last token without k
-    cells = tuple(x.reshape(-1, group, *x.shape[1:]) for x in (split(x, size) for x in arrays))
-
-    def levels_inside(scales, pos):
-        """level(i, j) of a chunk, and scales_i at it [B H n n]: up to `fine`, or the one that a crossing has."""
-        block = (pos[:, 0] >> fine) + 1
-        crossing = jnp.minimum(fine + _bits(block ^ (block - 1)), L - 1)
-        one = jnp.arange(L) == crossing[:, None]
-        level = _bits(pos[:, :, None] ^ pos[:, None, :])
-        by_head = lambda x: jnp.moveaxis(x, -1, 1)[..., None]
-        chosen = by_head(jnp.einsum("bnhl,bl->bnh", scales, one.astype(jnp.float32), precision=exact))
-        for n in range(fine + 1):
-            chosen = jnp.where((level == n)[:, None], by_head(scales[..., min(n, L - 1)]), chosen)
-        return level, chosen
-
-    def cell(carry: Recurrent, tokens):
-        q, k, v, g, scales, pos, ids = tokens
-        n = pos.shape[1]
-        b = jnp.cumsum(g, axis=1)
-        level, chosen = levels_inside(scales, pos)
-        seen = (ids[:, :, None] == ids[:, None, :]) & jnp.tril(jnp.ones((n, n), bool))
-        rows = jnp.moveaxis(b, -1, 1)
-        decay = jnp.exp(jnp.where(seen[:, None], rows[..., :, None] - rows[..., None, :], -jnp.inf))
-        scores = jnp.einsum("bihc,bjhc->bhij", q, k, precision=exact) * chosen * decay
-        out = jnp.einsum("bhij,bjhv->bihv", scores, v, precision=exact)
-
-        # A piece keeps its level until the position differs from the chunk's first one in a higher bit.
-        old = ids == carry.segment_ids[:, None]
-        piece = jnp.arange(low, slots)
-        stays = piece + 1 >= level[:, :, :1]
-        far = jnp.moveaxis(chosen[..., 0], 1, 2)[..., None]
-        factor = jnp.where(stays[:, :, None], scales[..., low + 1 : slots + 1], far)
-        factor = factor * jnp.exp(jnp.where(old[..., None], b, -jnp.inf))[..., None]
-        out += jnp.einsum("bnhs,bnhc,bshcv->bnhv", factor, q, carry.memory, precision=exact)
-
-        # The pieces of the next position: old ones below the highest bit that changed unite there.
-        end, after = ids[:, -1], pos[:, -1] + 1
-        place = lambda bit: jnp.clip(bit, low, slots - 1)
-        spread = lambda mask: mask[..., None, None, None]
-        top = place(_bits(after ^ pos[:, 0]) - 1)[:, None]
-        united = jnp.where(spread(piece == top), jnp.cumsum(carry.memory, axis=1), 0)
-        kept = jnp.where(spread(piece > top), carry.memory, united)
-        left = jnp.exp(jnp.where((end == carry.segment_ids)[:, None], b[:, -1], -jnp.inf))
-        memory = kept * left[:, None, :, None, None]
-
-        mine = ids == end[:, None]
-        k = k * jnp.exp(jnp.where(mine[..., None], b[:, -1:] - b, -jnp.inf))[..., None]
-        edge = after >> fine << fine
-        beyond = pos >= edge[:, None]
-        whole = jnp.einsum("bnhc,bnhv->bhcv", jnp.where(beyond[..., None, None], 0, k), v, precision=exact)
-        block = jnp.maximum(after >> fine, 1)
-        above = place(fine + _bits(block ^ (block - 1)) - 1)[:, None]
-        memory += jnp.where(spread(piece == above), whole[:, None], 0)
-        if not aligned and fine:
-            bit = place(_bits(after[:, None] ^ pos) - 1)
-            into = ((bit[..., None] == piece) & beyond[..., None]).astype(jnp.float32)[..., : min(fine, slots)]
-            parts = jnp.einsum("bns,bnhc,bnhv->bshcv", into, k, v, precision=exact)
-            memory += jnp.pad(parts, [(0, 0), (0, slots - parts.shape[1])] + [(0, 0)] * 3)
-        return Recurrent(memory, end), out
-
-    carry, out = jax.lax.scan(jax.checkpoint(lambda carry, tokens: jax.lax.scan(cell, carry, tokens)), carry, cells)
+    cells = _Chunk(*(x.reshape(-1, group, *x.shape[1:]) for x in (split(x, size) for x in arrays)))
+    some = lambda carry, chunks: jax.lax.scan(functools.partial(_step, grid), carry, chunks)
+    carry, out = jax.lax.scan(jax.checkpoint(some), carry, cells)
     return join(out.reshape(-1, *out.shape[2:]), T), carry
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What is static: 2**fine positions hold a chunk; pieces low..slots-1 exist; aligned chunks begin at its edges."""
+
+    fine: int
+    low: int
+    slots: int
+    aligned: bool
+    exact: jax.lax.Precision | None
+
+    def place(self, bit: Int[Array, "..."]) -> Int[Array, "..."]:
+        """The piece for tokens that first differ in that bit."""
+        return jnp.clip(bit, self.low, self.slots - 1)
+
+    def einsum(self, formula: str, *arrays: Array) -> Array:
+        return jnp.einsum(formula, *arrays, precision=self.exact)
+
+
+class _Chunk(NamedTuple):
+    """Tokens of a chunk; leading axes count chunks."""
+
+    q: Float[Array, "*n B t H C"]
+    k: Float[Array, "*n B t H C"]
+    v: Float[Array, "*n B t H V"]
+    log_decay: Float[Array, "*n B t H"]
+    scales: Float[Array, "*n B t H L"]
+    positions: Int[Array, "*n B t"]
+    segment_ids: Int[Array, "*n B t"]
+
+
+def _step(grid: _Grid, carry: Recurrent, x: _Chunk) -> tuple[Recurrent, Float[Array, "B t H V"]]:
+    b = jnp.cumsum(x.log_decay, axis=1)
+    level = _bits(x.positions[:, :, None] ^ x.positions[:, None, :])
+    chosen = _chosen(grid, x, level)
+    out = _inside(grid, x, b, chosen) + _from_pieces(grid, carry, x, b, level, chosen)
+    return _next_pieces(grid, carry, x, b), out
+
+
+def _chosen(grid: _Grid, x: _Chunk, level: Int[Array, "B t t"]) -> Float[Array, "B H t t"]:
+    """scales_i at level(i, j): up to `fine` for pairs in one block, and one level for all that cross its edge."""
+    L = x.scales.shape[-1]
+    block = (x.positions[:, 0] >> grid.fine) + 1
+    crossing = jnp.minimum(grid.fine + _bits(block ^ (block - 1)), L - 1)
+    by_head = lambda a: jnp.moveaxis(a, -1, 1)[..., None]
+    one = (jnp.arange(L) == crossing[:, None]).astype(jnp.float32)
+    chosen = by_head(grid.einsum("bthl,bl->bth", x.scales, one))
+    for n in range(grid.fine + 1):
+        chosen = jnp.where((level == n)[:, None], by_head(x.scales[..., min(n, L - 1)]), chosen)
+    return chosen
+
+
+def _inside(grid: _Grid, x: _Chunk, b: Float[Array, "B t H"], chosen: Float[Array, "B H t t"]) -> Array:
+    """What tokens of the chunk add to each other."""
+    ids, rows = x.segment_ids, jnp.moveaxis(b, -1, 1)
+    seen = (ids[:, :, None] == ids[:, None, :]) & jnp.tril(jnp.ones(chosen.shape[-2:], bool))
+    decay = jnp.exp(jnp.where(seen[:, None], rows[..., :, None] - rows[..., None, :], -jnp.inf))
+    scores = grid.einsum("bihc,bjhc->bhij", x.q, x.k) * chosen * decay
+    return grid.einsum("bhij,bjhv->bihv", scores, x.v)
+
+
+def _from_pieces(grid: _Grid, carry: Recurrent, x: _Chunk, b: Array, level: Array, chosen: Array) -> Array:
+    """What the pieces add: each keeps its level until the position differs from the first in a higher bit."""
+    old = x.segment_ids == carry.segment_ids[:, None]
+    stays = jnp.arange(grid.low, grid.slots) + 1 >= level[:, :, :1]
+    far = jnp.moveaxis(chosen[..., 0], 1, 2)[..., None]
+    factor = jnp.where(stays[:, :, None], x.scales[..., grid.low + 1 : grid.slots + 1], far)
+    factor = factor * jnp.exp(jnp.where(old[..., None], b, -jnp.inf))[..., None]
+    return grid.einsum("bths,bthc,bshcv->bthv", factor, x.q, carry.memory)
+
+
+def _next_pieces(grid: _Grid, carry: Recurrent, x: _Chunk, b: Float[Array, "B t H"]) -> Recurrent:
+    """The pieces by the position after the chunk, of the last token's document."""
+    piece = jnp.arange(grid.low, grid.slots)
+    wide = lambda mask: mask[..., None, None, None]
+    end, after = x.segment_ids[:, -1], x.positions[:, -1] + 1
+
+    # Old pieces up to the highest bit that changed unite there; those above stay.
+    top = grid.place(_bits(after ^ x.positions[:, 0]) - 1)[:, None]
+    united = jnp.where(wide(piece == top), jnp.cumsum(carry.memory, axis=1), 0)
+    kept = jnp.where(wide(piece > top), carry.memory, united)
+    left = jnp.exp(jnp.where((end == carry.segment_ids)[:, None], b[:, -1], -jnp.inf))
+    memory = kept * left[:, None, :, None, None]
+
+    # Tokens before the last edge share a piece; those behind it have one for each bit below.
+    mine = (x.segment_ids == end[:, None])[..., None]
+    k = x.k * jnp.exp(jnp.where(mine, b[:, -1:] - b, -jnp.inf))[..., None]
+    beyond = x.positions >= (after >> grid.fine << grid.fine)[:, None]
+    whole = grid.einsum("bthc,bthv->bhcv", jnp.where(beyond[..., None, None], 0, k), x.v)
+    block = jnp.maximum(after >> grid.fine, 1)
+    above = grid.place(grid.fine + _bits(block ^ (block - 1)) - 1)[:, None]
+    memory += jnp.where(wide(piece == above), whole[:, None], 0)
+    if not grid.aligned and grid.fine:
+        below = min(grid.fine, grid.slots)
+        bit = grid.place(_bits(after[:, None] ^ x.positions) - 1)
+        into = ((bit[..., None] == piece[:below]) & beyond[..., None]).astype(jnp.float32)
+        memory = memory.at[:, :below].add(grid.einsum("btn,bthc,bthv->bnhcv", into, k, x.v))
+    return Recurrent(memory, end)
 
 
 def _bits(x: Int[Array, "..."]) -> Int[Array, "..."]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxlong.core.mask import full
 from jaxlong.core.state import EMPTY
@@ -54,54 +54,75 @@ def summarize(
     Returns:
         One slot a cell, EMPTY where no unit ended, and the unit that runs on.
     """
-    B, N, R, K, C = parts.k.shape
-    size, pools = min(fan, N), len(queries)
-    count = -(-N // size)
-    cells = lambda x, fill: jnp.pad(
-        x, [(0, 0), (0, count * size - N)] + [(0, 0)] * (x.ndim - 2), constant_values=fill
-    ).reshape(B, count, size, *x.shape[2:])
-    index, ids = cells(parts.index, 0), cells(parts.segment_ids, EMPTY)
-    unit = jnp.where(ids >= 0, index // fan, -1)
+    C, size = parts.k.shape[-1], min(fan, parts.index.shape[1])
+    parts = Units(*(_cut(x, size, fill) for x, fill in zip(parts, (0, 0, 0, EMPTY), strict=True)))
+    unit = parts.index // fan
+    ends = (parts.segment_ids >= 0) & ((parts.index + 1) % fan == 0)
+    place = jnp.where(parts.segment_ids >= 0, jnp.arange(size), EMPTY)
+    last = (place == place.max(-1, keepdims=True)) & (place >= 0)
+    of = lambda one: _Name(*(jnp.where(one, x, EMPTY).max(-1) for x in (unit, parts.segment_ids)))  # one slot a cell
+    ended, going = of(ends), of(last)
+    within = lambda name: (
+        (place >= 0) & (unit == name.unit[..., None]) & (parts.segment_ids == name.segment_ids[..., None])
+    )
+    head, tail = within(ended), within(going)
+    (head, head_lse), (tail, tail_lse) = _pool(parts, queries, (head, tail & ~head), backend)
 
-    only = lambda x, one, rest: jnp.where(one, x, rest).max(-1)  # the value at the one slot that is marked
-    ends = (ids >= 0) & ((index + 1) % fan == 0)
-    end_unit, end_ids = only(unit, ends, -1), only(ids, ends, EMPTY)
-    place = jnp.where(ids >= 0, jnp.arange(size), -1)
-    last = (place == place.max(-1, keepdims=True)) & (ids >= 0)
-    last_unit, last_ids = only(unit, last, -1), only(ids, last, EMPTY)
-    head = (ids >= 0) & (unit == end_unit[..., None]) & (ids == end_ids[..., None])
-    tail = (ids >= 0) & (unit == last_unit[..., None]) & (ids == last_ids[..., None]) & ~head
+    earlier = lambda first, x: jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
+    before, before_lse = earlier(running.pooled, tail), earlier(running.lse, tail_lse)
+    came = _Name(earlier(running.index, going.unit), earlier(running.segment_ids, going.segment_ids))
+    pooled, _ = _joined((before, before_lse), (head, head_lse), came.same(ended))
+    units = Units(pooled[..., :C], pooled[..., C:], jnp.maximum(ended.unit, 0), ended.segment_ids)
 
-    # The queries twice: over the unit that ends in the cell and over the one that leaves it.
-    flat = lambda x: cells(x.astype(jnp.float32), 0).reshape(B * count, size * R, K, -1)
-    k = flat(parts.k)
-    sides = jnp.repeat(jnp.where(head, 0, jnp.where(tail, 1, EMPTY)).reshape(B * count, size), R, axis=1)
-    rows = lambda x: jnp.broadcast_to(x, (B * count, *x.shape))
+    nothing = going.segment_ids[:, -1] == EMPTY  # in the last cell: then what came runs on
+    final = slice(-1, None)
+    left, left_lse = _joined(
+        (before[:, final], before_lse[:, final]),
+        (tail[:, final], tail_lse[:, final]),
+        (nothing | came.same(going)[:, -1])[:, None],
+    )
+    unit, ids = (jnp.where(nothing, a[:, -1], b[:, -1]) for a, b in zip(came, going, strict=True))
+    return units, Running(left[:, 0], left_lse[:, 0], unit, ids)
+
+
+class _Name(NamedTuple):
+    """Which unit of which document; EMPTY is none."""
+
+    unit: Int[Array, "B n"]
+    segment_ids: Int[Array, "B n"]
+
+    def same(self, other: _Name) -> Bool[Array, "B n"]:
+        return (self.unit == other.unit) & (self.segment_ids == other.segment_ids)
+
+
+def _cut(x: Array, size: int, fill: int) -> Array:
+    """[B N ...] -> [B n size ...], padded with `fill`."""
+    pad = [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, pad, constant_values=fill).reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+def _pool(
+    parts: Units, queries: Float[Array, "P K C"], sets: tuple[Array, Array], backend: Backend
+) -> list[tuple[Array, Array]]:
+    """Keys beside values of each cell [B n P K 2C], pooled over two disjoint sets of its slots, and the lse of each."""
+    B, n, size, R, K, _ = parts.k.shape
+    flat = lambda x: x.astype(jnp.float32).reshape(B * n, size * R, K, -1)
+    rows = lambda x: jnp.broadcast_to(x, (B * n, *x.shape))
+    which = jnp.where(sets[0], 0, jnp.where(sets[1], 1, EMPTY)).reshape(B * n, size)
+    k, k_sets = flat(parts.k), jnp.repeat(which, R, axis=1)
     out, lse = attend_with_lse(
         rows(jnp.concatenate([queries, queries]).astype(jnp.float32)),
         k,
         jnp.concatenate([k, flat(parts.v)], axis=-1),
         mask=full(),
-        q_positions=rows(jnp.zeros(2 * pools, jnp.int32)),
-        k_positions=jnp.zeros_like(sides),
-        q_segments=rows(jnp.repeat(jnp.arange(2, dtype=jnp.int32), pools)),
-        k_segments=sides,
+        q_positions=rows(jnp.zeros(2 * len(queries), jnp.int32)),
+        k_positions=jnp.zeros_like(k_sets),
+        q_segments=rows(jnp.repeat(jnp.arange(2, dtype=jnp.int32), len(queries))),
+        k_segments=k_sets,
         backend=replace(backend, sequence="none"),
     )
-    out, lse = (x.reshape(B, count, 2, pools, K, *x.shape[3:]) for x in (out, lse))
-
-    earlier = lambda first, x: jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
-    before, before_lse = earlier(running.pooled, out[:, :, 1]), earlier(running.lse, lse[:, :, 1])
-    before_unit, before_ids = earlier(running.index, last_unit), earlier(running.segment_ids, last_ids)
-    same = (before_unit == end_unit) & (before_ids == end_ids)
-    pooled, _ = _joined((before, before_lse), (out[:, :, 0], lse[:, :, 0]), same)
-    ended = Units(pooled[..., :C], pooled[..., C:], jnp.maximum(end_unit, 0), end_ids)
-
-    none = last_ids[:, -1] == EMPTY
-    on = none | ((before_unit == last_unit)[:, -1] & (before_ids == last_ids)[:, -1])
-    left = _joined((before[:, -1:], before_lse[:, -1:]), (out[:, -1:, 1], lse[:, -1:, 1]), on[:, None])
-    index, ids = (jnp.where(none, a[:, -1], b[:, -1]) for a, b in ((before_unit, last_unit), (before_ids, last_ids)))
-    return ended, Running(left[0][:, 0], left[1][:, 0], index, ids)
+    out, lse = (x.reshape(B, n, 2, len(queries), K, *x.shape[3:]) for x in (out, lse))
+    return [(out[:, :, side], lse[:, :, side]) for side in range(2)]
 
 
 def _joined(a: tuple[Array, Array], b: tuple[Array, Array], same: Array) -> tuple[Array, Array]:

@@ -119,7 +119,7 @@ def test_each_mask_equals_a_dense_softmax(name):
 
     d_x, y = jax.jit(jax.grad(loss, has_aux=True))(x)
     seen = np.array([[[sees(i, j, h) for j in range(LENGTH)] for i in range(LENGTH)] for h in range(4)])
-    exact = {key: array.astype(np.float64) for key, array in params.items()}
+    exact = {key: np.asarray(array, np.float64) for key, array in params.items()}
     want, d_want = softmax_attention(exact, x[0].astype(np.float64), seen, weights[0].astype(np.float64))
     close(y[0], want)
     close(d_x[0], d_want)
