@@ -16,10 +16,11 @@ from jaxlong.model import LM
 from jaxlong.train.optim import WSD, AdamW
 
 WIDTH = 64
+FEED_FORWARD = SwiGLU(hidden=128)
 ATTENTION = GQA(heads=2, kv_heads=1, head_dim=32, qk_norm=True)
 
 
-def small(*pattern: Any, mlp: Any = SwiGLU(hidden=128), peak: float = 4e-3, depth: int = 2) -> Experiment:
+def small(*pattern: Any, mlp: Any = FEED_FORWARD, peak: float = 4e-3, depth: int = 2) -> Experiment:
     """The shared experiment with this pattern of mixers."""
     return Experiment(
         model=LM(vocab=256, width=WIDTH, depth=depth, pattern=pattern, mlp=mlp),

@@ -12,13 +12,21 @@ import importlib
 _HOME = {
     "jaxlong.core.mask": "Mask causal sliding sinks dilated strided fixed prefix longformer bigbird",
     "jaxlong.core.position": "Rope NoPE Alibi PI NTK DynamicNTK Yarn LongRope Llama3 apply_rope",
-    "jaxlong.core.state": "KVCache nbytes",
+    "jaxlong.core.state": "KVCache LatentCache Recurrent nbytes",
     "jaxlong.core.types": "BadInput Batch",
     "jaxlong.ops.attend": "Backend attend attend_with_lse merge",
     "jaxlong.ops.loss": "cross_entropy",
-    "jaxlong.mixers": "GQA MIXERS",
+    "jaxlong.ops.delta": "delta_rule generalized_delta_rule",
+    "jaxlong.ops.scan": "linear_attention linear_scan selective_scan",
+    "jaxlong.ops.select": "Selection attend_selected straight_through_top_k top_k",
+    "jaxlong.mixers": (
+        "MIXERS GQA MLA Longformer LongNet NSA MoBA DSA Routing Hierarchical InfiniAttention LinearAttention GLA "
+        "LogLinear DeltaNet GatedDeltaNet KDA Mamba Mamba2 Mamba3 RWKV4 RWKV6 RWKV7 RWKVChannelMix TTTLinear TTTMLP "
+        "InPlaceTTT ShortConv"
+    ),
     "jaxlong.layers.mlp": "SwiGLU Gelu",
-    "jaxlong.model": "LM extend init_params",
+    "jaxlong.layers.moe": "MoE",
+    "jaxlong.model": "LM Layer extend init_params",
     "jaxlong.parallel.mesh": "make_mesh init_distributed",
     "jaxlong.data": "Data batches",
     "jaxlong.train.grads": "next_token_loss",

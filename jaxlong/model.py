@@ -15,7 +15,7 @@ from jaxlong.core.position import Rope, Scaling
 from jaxlong.core.types import BadInput, State
 from jaxlong.layers.mtp import MultiToken
 from jaxlong.layers.norm import RMSNorm
-from jaxlong.mixers.base import SequenceMixer, TakesFirstValue, ValueStream
+from jaxlong.mixers.base import SequenceMixer, SharesFirstValues
 from jaxlong.ops.feed_forward import feed_forward
 from jaxlong.parallel.memory import policy
 from jaxlong.parallel.mesh import shard
@@ -35,8 +35,8 @@ class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); the latter in blocks of tokens unless `mlp_block` is 0.
 
     The feed-forward layer may be a sequence mixer too (one that looks back, or learns as it reads): then the
-    state is a pair. None is no feed-forward layer. `first` is the value stream of the model's first layer, for
-    mixers that take one.
+    state is a pair. None is no feed-forward layer. `first` are the values of the model's first layer, for mixers that
+    share them.
     """
 
     mixer: nn.Module
@@ -50,13 +50,13 @@ class Block(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         state: State,
-        first: ValueStream | None = None,
-    ) -> tuple[Float[Array, "B T D"], State, ValueStream | None]:
+        first: Any = None,
+    ) -> tuple[Float[Array, "B T D"], State, Any]:
         where = {"positions": positions, "segment_ids": segment_ids}
         of_mixer, of_mlp = state if state is not None and looks_back(self.mlp) else (state, None)
         normed = RMSNorm(name="mixer_norm")(x)
-        if isinstance(self.mixer, TakesFirstValue):
-            y, of_mixer, first = self.mixer.mix(normed, **where, state=of_mixer, first=first)
+        if shares_values(self.mixer):
+            y, of_mixer, first = self.mixer.mix(normed, first, **where, state=of_mixer)
         else:
             y, of_mixer = self.mixer(normed, **where, state=of_mixer)
         x = shard(x + y, "batch", "seq", None)
@@ -88,11 +88,11 @@ class Group(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Array, ValueStream | None],
+        carry: tuple[Array, Any],
         positions: Array,
         segment_ids: Array | None,
         states: tuple[State, ...] | None,
-    ) -> tuple[tuple[Array, ValueStream | None], tuple[State, ...]]:
+    ) -> tuple[tuple[Array, Any], tuple[State, ...]]:
         # Ties positions to the layer: otherwise XLA hoists every mask out of the scan and stores them all.
         x, first = carry
         x, positions = jax.lax.optimization_barrier((x, positions))
@@ -113,6 +113,11 @@ def parts(layer: nn.Module | Layer, mlp: nn.Module | None) -> tuple[nn.Module, n
 def looks_back(mlp: nn.Module | None) -> bool:
     """Whether a feed-forward layer is a sequence mixer."""
     return isinstance(mlp, SequenceMixer)
+
+
+def shares_values(mixer: nn.Module) -> bool:
+    """Whether a mixer takes the values of the model's first layer."""
+    return isinstance(mixer, SharesFirstValues) and mixer.value_residual
 
 
 def _fresh(module: nn.Module | None) -> nn.Module | None:
@@ -231,7 +236,7 @@ class LM(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x = shard(self._embed(tokens), "batch", "seq", None)
-        carry, states = (x, self._first_value(x)), []
+        carry, states = (x, self._no_values(x)), []
         for group, given in zip((self.first_layers, self.layers, self.last_layers), state or (None,) * 3, strict=True):
             after = ()
             if group is not None:
@@ -255,18 +260,18 @@ class LM(nn.Module):
         """
         out = []
         for module, tokens in zip(self.ahead, following, strict=True):
-            hidden = module(hidden, self._embed(tokens), positions, segment_ids, self._first_value(hidden))
+            hidden = module(hidden, self._embed(tokens), positions, segment_ids, self._no_values(hidden))
             out.append(self.norm(hidden))
         return jnp.stack(out)
 
     def _embed(self, tokens: Array) -> Array:
         return self.table.astype(self.dtype)[tokens] * self.width**0.5
 
-    def _first_value(self, x: Array) -> ValueStream | None:
-        """The value stream before any layer has made it, if any mixer takes one."""
-        for mixer, _ in map(lambda layer: parts(layer, self.mlp), self.layers_once):
-            if isinstance(mixer, TakesFirstValue):
-                return ValueStream(jnp.zeros((*x.shape[:2], mixer.value_width), x.dtype), jnp.zeros((), bool))
+    def _no_values(self, x: Array) -> Any:
+        """The carry of mixers that share the first layer's values, before that layer."""
+        for mixer, _ in self.blocks:
+            if shares_values(mixer):
+                return mixer.no_values(x)
         return None
 
     def __call__(

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "jaxlong.config": ("jaxlong",),
     "jaxlong.run": ("jaxlong",),
     "jaxlong": ("jaxlong",),
-    "configs": ("jaxlong",),
+    "configs": ("jaxlong", "configs"),
     "experiments": ("jaxlong", "configs", "experiments"),
 }
 # third-party packages that only some parts may import at the top of a module

@@ -16,7 +16,7 @@ from jaxlong.core.state import nbytes
 from jaxlong.core.types import BadInput, Batch
 from jaxlong.layers.mlp import Gelu, SwiGLU
 from jaxlong.layers.moe import MoE
-from jaxlong.mixers import GQA
+from jaxlong.mixers import GQA, RWKV7, RWKVChannelMix
 from jaxlong.model import LM, Block, Layer, extend, init_params, logical_axes
 from jaxlong.ops.attend import Backend
 from jaxlong.parallel.memory import POLICIES
@@ -42,6 +42,22 @@ def batch(tokens=TOKENS):
     shape = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
     return Batch(tokens, jnp.roll(tokens, -1, 1), positions, jnp.ones(shape, jnp.int32), jnp.ones(shape))
+
+
+def block(mixer, mlp, leaves, x, first=None):
+    """One block on its own, compiled: operation by operation it would take much longer."""
+    positions = batch().positions
+    run = jax.jit(lambda p, x, first: Block(mixer, mlp, 0).apply({"params": p}, x, positions, None, None, first))
+    x, _, first = run(leaves, x, first)
+    return x, first
+
+
+def continued(model, params, cut):
+    """Logits of tokens before and after a cut, the latter from the state of the former."""
+    state, positions = model.init_state(2, 12, max_chunk=max(cut, 12 - cut)), batch().positions
+    step = jax.jit(lambda t, p, s: model.apply({"params": params}, t, positions=p, state=s))
+    first, state = step(TOKENS[:, :cut], positions[:, :cut], state)
+    return jnp.concatenate([first, step(TOKENS[:, cut:], positions[:, cut:], state)[0]], axis=1)
 
 
 def gradients(model, params):
@@ -94,11 +110,10 @@ def test_blockwise_feed_forward_changes_no_value(block, params):
 def test_blocks_and_scan_equal_a_loop_over_layers(params):
     """The scanned pattern equals its blocks applied one after another."""
     x = params["embed"][TOKENS] * 4.0
-    positions = batch().positions
     for group in range(2):
         for i, mixer in enumerate(MODEL.pattern):
             weights = jax.tree.map(lambda leaf, g=group: leaf[g], params["layers"][f"block_{i}"])
-            x, _, _ = Block(mixer, MODEL.mlp, 0).apply({"params": weights}, x, positions, None, None)
+            x, _ = block(mixer, MODEL.mlp, weights, x)
     x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * params["norm"]["scale"]
     close(logits(MODEL, params), x @ params["head"], 1e-5)
 
@@ -197,7 +212,7 @@ def mixed():
 def test_layers_around_the_pattern(mixed):
     """Blocks before, scanned and after equal a loop over all of them; states continue."""
     weights = mixed
-    x, positions = weights["embed"][TOKENS] * 4.0, batch().positions
+    x = weights["embed"][TOKENS] * 4.0
     names = [
         ("first_layers", 0, None),
         ("layers", 0, 0),
@@ -206,17 +221,14 @@ def test_layers_around_the_pattern(mixed):
         ("last_layers", 1, None),
     ]
     assert len(MIX.blocks) == MIX.depth == len(names)
-    for (mixer, mlp), (group, block, index) in zip(MIX.blocks, names, strict=True):
-        leaves = weights[group][f"block_{block}"]
+    for (mixer, mlp), (group, place, index) in zip(MIX.blocks, names, strict=True):
+        leaves = weights[group][f"block_{place}"]
         leaves = leaves if index is None else jax.tree.map(lambda leaf, i=index: leaf[i], leaves)
-        x, _, _ = Block(mixer, mlp, 0).apply({"params": leaves}, x, positions, None, None)
+        x, _ = block(mixer, mlp, leaves, x)
     x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * weights["norm"]["scale"]
     whole = logits(MIX, weights)
     close(whole, x @ weights["head"], 1e-5)
-    state = MIX.init_state(2, 12, max_chunk=7)
-    first, state = MIX.apply({"params": weights}, TOKENS[:, :5], positions=positions[:, :5], state=state)
-    second, _ = MIX.apply({"params": weights}, TOKENS[:, 5:], positions=positions[:, 5:], state=state)
-    close(jnp.concatenate([first, second], 1), whole, 1e-5)
+    close(continued(MIX, weights, 5), whole, 1e-5)
 
 
 def test_loss_adds_what_layers_tell_and_multi_token_prediction(mixed):
@@ -254,3 +266,22 @@ def test_multi_token_prediction_is_causal(mixed):
     np.testing.assert_array_equal(a[0, :, :8], b[0, :, :8])  # depth 1 reads target 8 at token 8
     np.testing.assert_array_equal(a[1, :, :7], b[1, :, :7])  # depth 2 at token 7
     assert np.abs(a[1, :, 7] - b[1, :, 7]).max() > 0
+
+
+def test_values_of_the_first_layer_reach_the_others():
+    """A scanned RWKV-7, channel mixing with a state in place of the MLP, equals a loop over its layers."""
+    mixer = RWKV7(heads=2, head_dim=8, decay_rank=3, rate_rank=4, gate_rank=5, chunk=4)
+    model = LM(vocab=32, width=16, depth=3, pattern=(mixer,), mlp=RWKVChannelMix(hidden=24), remat="full")
+    shapes, rng = jax.eval_shape(lambda: init_params(model, jax.random.key(0))), np.random.default_rng(0)
+    weights = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
+    x, first = weights["embed"][TOKENS] * 4.0, mixer.no_values(jnp.zeros((2, 12, 16)))
+    for layer in range(3):
+        leaves = jax.tree.map(lambda leaf, i=layer: leaf[i], weights["layers"]["block_0"])
+        x, first = block(mixer, model.mlp, leaves, x, first)
+    x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * weights["norm"]["scale"]
+    whole = logits(model, weights)
+    close(whole, x @ weights["head"], 1e-5)
+    state = jax.eval_shape(lambda: model.init_state(2, 12, max_chunk=7))
+    sizes = {"width": 16, "max_chunk": 7, "itemsize": 4}
+    assert nbytes(state) == 3 * sum(part.state_bytes(2, 12, **sizes) for part in (mixer, model.mlp))
+    close(continued(model, weights, 5), whole, 1e-5)

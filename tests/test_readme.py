@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -76,11 +77,29 @@ def test_tree_is_the_tree():
 def test_masks_and_positions_are_listed():
     from jaxlong.core.mask import MASKS
     from jaxlong.core.position import POSITIONS, SCALINGS
-    from jaxlong.mixers import MIXERS
 
     algebra = {"And", "Or", "Not"}
-    for name in [*(MASKS.keys() - algebra), *POSITIONS, *SCALINGS, *(cls.__name__ for cls in MIXERS.values())]:
+    for name in [*(MASKS.keys() - algebra), *POSITIONS, *SCALINGS]:
         assert re.search(rf"\b{name}\b", README, re.I), name
+
+
+def test_table_of_mixers_is_that_of_their_docstrings():
+    """A new mixer writes its own row: `python -m tests.test_readme` prints the table."""
+    assert menu() in README, f"the README's table of mixers is not\n\n{menu()}"
+
+
+def menu() -> str:
+    """Class, first sentence and papers of every mixer's docstring."""
+    from jaxlong.mixers import MIXERS
+
+    rows = ["| mixer | what it does | papers |", "|---|---|---|"]
+    for cls in MIXERS.values():
+        text = inspect.getdoc(cls)
+        papers = dict.fromkeys(re.findall(r"arXiv (\d{4}\.\d{4,5})", text))
+        links = ", ".join(f"[{n}](https://arxiv.org/abs/{n})" for n in papers)
+        first = " ".join(text.split("\n\n")[0].split())
+        rows.append(f"| `{cls.__name__}` | {first} | {links} |")
+    return "\n".join(rows)
 
 
 def test_import_is_light():
@@ -97,3 +116,7 @@ def test_public_names_resolve():
         assert getattr(jaxlong, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         jaxlong.nothing  # noqa: B018
+
+
+if __name__ == "__main__":
+    sys.stdout.write(menu() + "\n")

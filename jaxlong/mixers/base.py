@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from jaxlong.core.types import BadInput, State
 
@@ -49,29 +49,26 @@ class SequenceMixer(Protocol):
         ...
 
 
-class ValueStream(NamedTuple):
-    """Values of a model's first layer, which later ones mix into their own; `seen` says that there was a first."""
-
-    value: Float[Array, "B T V"]
-    seen: Bool[Array, ""]
-
-
 @runtime_checkable
-class TakesFirstValue(Protocol):
-    """A mixer whose values are drawn towards those of the first layer (value residual, arXiv 2410.17897)."""
+class SharesFirstValues(Protocol):
+    """A mixer whose values are drawn towards those of the model's first layer, if `value_residual` says so."""
 
-    value_width: int
+    value_residual: bool
+
+    def no_values(self, x: Float[Array, "B T D"]) -> Any:
+        """What `mix` takes as `first` before any layer has made values for the inputs x."""
+        ...
 
     def mix(
         self,
         x: Float[Array, "B T D"],
+        first: Any,
         *,
         positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None,
-        state: State | None,
-        first: ValueStream | None,
-    ) -> tuple[Float[Array, "B T D"], State | None, ValueStream | None]:
-        """The mixer's call, with the stream passed through; where none was seen, its own values become the stream."""
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+    ) -> tuple[Float[Array, "B T D"], State | None, Any]:
+        """The mixer's call, with the first layer's values handed from layer to layer."""
         ...
 
 
@@ -97,10 +94,10 @@ def vector(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
-def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"]) -> Float[Array, "*B C"]:
-    """x / sqrt(mean(x^2) + 1e-6) * scale over the last axis, in float32, returned in the dtype of x."""
+def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"], eps: float = 1e-6) -> Float[Array, "*B C"]:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in the dtype of x."""
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype)
 
 
@@ -150,7 +147,7 @@ def check_state(mixer: Any, state: State, x: Float[Array, "B T D"]) -> None:
     """
     batch, _, width = x.shape
     make = lambda n: mixer.init_state(batch, n, width=width, max_chunk=n, dtype=x.dtype)
-    one, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2**20))
+    one, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2**30))
     here = jax.tree.structure(one)
     if jax.tree.structure(state) != here:
         raise BadInput("state", jax.tree.structure(state), f"{type(mixer).__name__} keeps another", str(here))

@@ -25,8 +25,8 @@ class RWKV4(nn.Module):
         o_t = (sum_(i<t) e^(k_i - (t-1-i) e^d) v_i + e^(k_t + u) v_t) / (the same sum without v)
         y = (sigmoid(r) * o) W_o
 
-    Paper: Peng et al., arXiv 2305.13048. `decay` is the d of checkpoints (time_decay), `bonus` their
-    time_first, and mu is 1 - time_mix.
+    lerp(x, x', mu) is x + (x' - x) mu. Paper: Peng et al., arXiv 2305.13048. `decay` is the d of checkpoints
+    (time_decay), `bonus` their time_first, and mu is 1 - time_mix.
     Training cost: 8 D F T flops and O(F T) of elementwise work.
     State: 3 F float32, D elements and 8 bytes.
 

@@ -26,7 +26,8 @@ class RWKV6(nn.Module):
         o_t = r_t^T (S_(t-1) + Diag(u) k_t v_t^T);   S_t = Diag(exp(-exp(d_t))) S_(t-1) + k_t v_t^T
         y = (groupnorm(o) * g) W_o,   a group a head
 
-    x' is the token before x in its document. Paper: Peng et al., Eagle and Finch, arXiv 2404.05892.
+    x' is the token before x in its document, lerp(x, x', mu) is x + (x' - x) mu.
+    Paper: Peng et al., Eagle and Finch, arXiv 2404.05892.
     Training cost: 10 D H C T flops, and 4 H C (chunk + C) T for the state.
     State: H C C float32, D elements and 8 bytes.
 

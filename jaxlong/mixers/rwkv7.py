@@ -43,7 +43,7 @@ class RWKV7(nn.Module):
         S_t = Diag(w) S_(t-1) - (z * a) (z^T S_(t-1)) + k v^T,   o_t = S_t^T r
         y = ((groupnorm(o) + (r . (k * r_k)) v) * g) W_o,   a group a head
 
-    Paper: Peng et al., arXiv 2503.14456.
+    lerp(x, x', mu) is x + (x' - x) mu. Paper: Peng et al., arXiv 2503.14456.
     Training cost: 8 D H C T flops, and the generalised delta rule's.
     State: H C C float32, D elements and 8 bytes.
 
@@ -51,7 +51,7 @@ class RWKV7(nn.Module):
         decay_rank, rate_rank, value_rank, gate_rank: ranks of W2, A2, V2 and G2.
         value_residual: layers share the values of the first, which `mix` receives and returns; only then
             are there v0, V1 and V2.
-        chunk: tokens a chunk; the result does not depend on it.
+        chunk: tokens a chunk of the rule; the result does not depend on it.
     """
 
     heads: int
@@ -61,7 +61,7 @@ class RWKV7(nn.Module):
     value_rank: int = 32
     gate_rank: int = 128
     value_residual: bool = True
-    chunk: int = 64
+    chunk: int = 32
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank", "chunk")

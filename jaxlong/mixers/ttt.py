@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from jaxlong.core.position import NoPE, Rope, apply_rope
 from jaxlong.core.state import EMPTY, ConvTail, Recurrent
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, projection, require, vector
+from jaxlong.mixers.base import check_state, from_heads, require, to_heads, vector
 from jaxlong.ops.chunks import starts
 from jaxlong.ops.short_conv import short_conv
 from jaxlong.ops.ttt import FastWeights, Layer, layer_norm, ttt
@@ -90,22 +90,19 @@ class TTTLinear(nn.Module):
         self, x: Array, places: Array, segments: Array, tail: ConvTail | None
     ) -> tuple[Array, Array, Array, ConvTail | None]:
         """q, k and v `[B T H C]`, and the convolutions' new tail: both read the same inputs."""
-        q, v = self._in("wq", x), self._in("wv", x)
+        project = lambda name: to_heads(self, name, x, self.heads, self.head_dim)
+        q, v = project("wq"), project("wv")
         if self.conv:
             shared = q.reshape(*q.shape[:2], -1)
             q, after = self._convolve("conv_q", shared, segments, tail)
             k, after = self._convolve("conv_k", shared, segments, tail)
             q, k, tail = q.reshape(v.shape), k.reshape(v.shape), after
         else:
-            k = self._in("wk", x)
+            k = project("wk")
         if isinstance(self.position, Rope):
             freqs = self.position.frequencies(self.head_dim)
             q, k = (apply_rope(a, places, freqs, interleaved=self.position.interleaved) for a in (q, k))
         return q, k, v, tail
-
-    def _in(self, name: str, x: Array) -> Array:
-        shape, axes = (x.shape[-1], self.heads, self.head_dim), ("embed", "heads", "head_dim")
-        return jnp.einsum("btd,dhc->bthc", x, projection(self, name, shape, axes, inputs=1, dtype=x.dtype))
 
     def _convolve(self, name: str, x: Array, segments: Array, tail: ConvTail | None) -> tuple[Array, ConvTail]:
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=1)
@@ -169,9 +166,8 @@ class TTTLinear(nn.Module):
         o = layer_norm(o.reshape(*o.shape[:2], -1), scale, vector(self, "post_shift", inner, ("heads",)))
         o = o.reshape(*o.shape[:2], self.heads, self.head_dim).astype(x.dtype)
         if self.gate:
-            o *= jax.nn.gelu(self._in("wg", x), approximate=True)
-        shape, axes = (self.heads, self.head_dim, x.shape[-1]), ("heads", "head_dim", "embed")
-        return jnp.einsum("bthc,hcd->btd", o, projection(self, "wo", shape, axes, inputs=2, dtype=x.dtype))
+            o *= jax.nn.gelu(to_heads(self, "wg", x, self.heads, self.head_dim), approximate=True)
+        return from_heads(self, "wo", o, x.shape[-1])
 
     def init_state(self, batch: int, max_len: int, *, width: int, max_chunk: int, dtype: Any) -> Any:
         zeros = tuple(
@@ -203,7 +199,7 @@ class TTTLinear(nn.Module):
     @classmethod
     def examples(cls) -> dict[str, TTTLinear]:
         """Small settings that cover the fields; the laws and the benchmark run on each."""
-        small = cls(heads=2, head_dim=4, mini_batch=4)
+        small = cls(heads=2, head_dim=8, mini_batch=4)
         return {"linear": small, "mamba": small.clone(mini_batch=5, conv=3, gate=True, position=NoPE())}
 
 
@@ -234,5 +230,4 @@ class TTTMLP(TTTLinear):
     @classmethod
     def examples(cls) -> dict[str, TTTMLP]:
         """Small settings that cover the fields; the laws and the benchmark run on each."""
-        small = cls(heads=2, head_dim=4, mini_batch=4)
-        return {"mlp": small, "mamba": small.clone(mini_batch=5, conv=3, gate=True, position=NoPE(), expansion=2)}
+        return {"mlp": cls(heads=2, head_dim=8, mini_batch=4, conv=3, gate=True, expansion=2)}

@@ -33,51 +33,94 @@ def decayed_scores(
 ) -> Float[Array, "*B C C"]:
     """A_ij = sum_c q_ic k_jc exp(b_ic - b_jc) for j <= i, and 0 above the diagonal, for decays of any strength.
 
-    Splitting exp(b_i - b_j) into exp(b_i) exp(-b_j) overflows once a chunk decays by e^-88. Here the rows are
-    halved again and again: a pair that a cut at row r separates is split there, exp(b_i - b_r) exp(b_r - b_j),
-    where both factors are at most 1. That is one matrix product and one exp an element at each level.
+    Differences of large sums lose digits; where the decays themselves are at hand, `gated_scores` is exact.
 
     Args:
         b: cumulated log decays, finite and non-increasing along C.
     """
-    length = q.shape[-2]
-    pad = [(0, 0)] * (q.ndim - 2) + [(0, _power_of_two(length) - length), (0, 0)]
-    q, k, b = jnp.pad(q, pad), jnp.pad(k, pad), jnp.pad(b, pad, mode="edge")
-    return _scores(q, k, b)[..., :length, :length]
+    return gated_scores(q, k, jnp.diff(b, axis=-2, prepend=b[..., :1, :]))
 
 
-def _power_of_two(length: int) -> int:
+def gated_scores(
+    q: Float[Array, "*B C K"],
+    k: Float[Array, "*B C K"],
+    log_decay: Float[Array, "*B C K"],
+    pairs: Bool[Array, "*#B C C"] | None = None,
+) -> Float[Array, "*B C C"]:
+    """A_ij = sum_c q_ic k_jc exp(sum of log_decay_lc over j < l <= i) for pairs (i, j), and 0 elsewhere.
+
+    Splitting the decay at the chunk's first row, exp(b_i) exp(-b_j) with cumulated b, overflows once a chunk
+    decays by e^-88. Here the rows are halved again and again: a pair that a cut separates is split there, and
+    both factors are at most 1. That is one matrix product and one exp an element at each level, with sums that
+    start at the cut and so keep their digits. Calls with the same decays share all exps under jit.
+
+    Args:
+        log_decay: finite, at most 0.
+        pairs: rows i and j <= i of one document; None is all j <= i.
+    """
+    pairs = jnp.tril(jnp.ones((q.shape[-2], q.shape[-2]), bool)) if pairs is None else pairs
+    return _scores(q, k, log_decay, pairs)
+
+
+def decay_matrix(
+    log_decay: Float[Array, "*B C"], pairs: Bool[Array, "*#B C C"] | None = None
+) -> Float[Array, "*B C C"]:
+    """exp(sum of log_decay_l over j < l <= i) for pairs (i, j), and 0 elsewhere; as `gated_scores`."""
+    one = jnp.ones_like(log_decay)[..., None]
+    return gated_scores(one, one, log_decay[..., None], pairs)
+
+
+def cumulated(x: Float[Array, "*B C K"], *, reverse: bool = False) -> Float[Array, "*B C K"]:
+    """Sums over the rows of a chunk up to each, itself included, or from each on; as a product of matrices."""
+    ones = jnp.ones((x.shape[-2], x.shape[-2]), x.dtype)
+    return jnp.matmul(jnp.triu(ones) if reverse else jnp.tril(ones), x, precision="highest")
+
+
+def power_of_two(length: int) -> int:
     """The least power of two that is at least `length`."""
     return 1 << (length - 1).bit_length()
 
 
-def _halving(q: Array, k: Array, b: Array) -> Array:
-    """The scores of a power of two of rows: blocks on the diagonal grow from one row to all."""
-    scores = jnp.sum(q * k, axis=-1)[..., None, None]  # [... C 1 1]
+def corner(first: Array, below: Array, second: Array) -> Array:
+    """[[first, 0], [below, second]] of matrices `[... R R]`."""
+    top = jnp.concatenate([first, jnp.zeros_like(below)], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
+
+
+def _masked_scores(q: Array, k: Array, log_decay: Array, pairs: Array) -> Array:
+    """Blocks on the diagonal grow from one row to all, of which there is a power of two."""
+    length = q.shape[-2]
+    pad = [(0, 0)] * (q.ndim - 2) + [(0, power_of_two(length) - length), (0, 0)]
+    q, k, log_decay = (jnp.pad(x, pad) for x in (q, k, log_decay))
+    blocks = lambda x, rows: x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
+    scores = jnp.sum(q * k, axis=-1)[..., None, None]
+    until, after = blocks(log_decay, 1), blocks(jnp.zeros_like(log_decay), 1)  # sums in a block to and from a row
     rows = 1
     while rows < q.shape[-2]:
-        halves = lambda x, r=rows: jnp.moveaxis(x.reshape(*x.shape[:-2], -1, 2, r, x.shape[-1]), -3, 0)
-        first = halves(b)[1][..., :1, :]
-        late = halves(q)[1] * jnp.exp(halves(b)[1] - first)
-        early = halves(k)[0] * jnp.exp(first - halves(b)[0])
-        across = jnp.einsum("...ic,...jc->...ij", late, early)
-        top = jnp.concatenate([scores[..., 0::2, :, :], jnp.zeros_like(across)], axis=-1)
-        scores = jnp.concatenate([top, jnp.concatenate([across, scores[..., 1::2, :, :]], axis=-1)], axis=-2)
+        (until, late), (early, after) = ((x[..., 0::2, :, :], x[..., 1::2, :, :]) for x in (until, after))
+        later = blocks(q, rows)[..., 1::2, :, :] * jnp.exp(late)
+        earlier = blocks(k, rows)[..., 0::2, :, :] * jnp.exp(early)
+        below = jnp.einsum("...ic,...jc->...ij", later, earlier)
+        scores = corner(scores[..., 0::2, :, :], below, scores[..., 1::2, :, :])
+        first, second = until[..., -1:, :], late[..., -1:, :]
+        until = jnp.concatenate([until, first + late], axis=-2)
+        after = jnp.concatenate([early + second, after], axis=-2)
         rows *= 2
-    return scores[..., 0, :, :]
+    return jnp.where(pairs, scores[..., 0, :length, :length], 0)
 
 
-def _scores_forward(q: Array, k: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _halving(q, k, b), (q, k, b)
+def _scores_forward(q: Array, k: Array, log_decay: Array, pairs: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _masked_scores(q, k, log_decay, pairs), (q, k, log_decay, pairs)
 
 
-def _scores_backward(saved: tuple[Array, Array, Array], d_scores: Array) -> tuple[Array, Array, Array]:
-    """b stands beside q as exp(b_i) and beside k as exp(-b_j), so its gradient is q dq - k dk."""
-    q, k, b = saved
-    _, pull = jax.vjp(lambda q, k: _halving(q, k, b), q, k)
+def _scores_backward(saved: tuple[Array, ...], d_scores: Array) -> tuple[Array, Array, Array, None]:
+    """A decay acts on later q and on earlier k, so its gradient sums q dq - k dk over its document, from its row on."""
+    q, k, log_decay, pairs = saved
+    _, pull = jax.vjp(lambda q, k: _masked_scores(q, k, log_decay, pairs), q, k)
     dq, dk = pull(d_scores)
-    return dq, dk, q * dq - k * dk
+    onward = jnp.swapaxes(pairs, -1, -2).astype(q.dtype)
+    return dq, dk, jnp.matmul(onward, q * dq - k * dk, precision="highest"), None
 
 
-_scores = jax.custom_vjp(_halving)
+_scores = jax.custom_vjp(_masked_scores)
 _scores.defvjp(_scores_forward, _scores_backward)

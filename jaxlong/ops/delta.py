@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxlong.ops.chunks import decayed_scores, join, split
+from jaxlong.ops.chunks import corner, cumulated, decay_matrix, gated_scores, join, power_of_two, split
 
 GROUP = 16
 """Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""
@@ -154,56 +154,47 @@ def _generalized_step(r: Array, k: Array, v: Array, decay: Array, a: Array, b: A
 
 
 def _delta_chunks(q: Array, k: Array, v: Array, decay: Array, beta: Array, docs: _Documents) -> _Chunks:
-    """A token writes k_i p_i^T with p = beta (v - k's decayed reading): what it reads of this chunk, of S."""
-    total = jnp.cumsum(decay, axis=-2)
-    enter, leave, keep = _gates(total, docs)
-    earlier = jnp.where(docs.pairs, jnp.tril(_scores(k, k, total), -1), 0)
-    seen = jnp.where(docs.pairs, _scores(q, k, total), 0)
-    p, by_s = _solve(-beta * earlier, beta * v, -beta * k * enter)
+    """A token writes k_i p_i^T, where p_i = beta_i (v_i - what k_i reads after the decay)."""
+    enter, leave, keep = _gates(decay, docs)
+    if decay.shape[-1] < k.shape[-1]:
+        fade = decay_matrix(decay[..., 0], docs.pairs)
+        seen, met = (jnp.einsum("...ic,...jc->...ij", x, k) * fade for x in (q, k))
+    else:
+        seen, met = (gated_scores(x, k, decay, docs.pairs) for x in (q, k))
+    p, by_s = _solve(-beta * jnp.tril(met, -1), beta * v, -beta * k * enter)
     write = jnp.swapaxes(k * leave, -1, -2)
     return _Chunks(seen @ p, q * enter + seen @ by_s, keep, write @ by_s, write @ p)
 
 
 def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b: Array, docs: _Documents) -> _Chunks:
-    """A token writes b_i p_i^T + k_i v_i^T, where p is a's reading; a_i reads with the decays of row i - 1."""
-    total = jnp.cumsum(decay, axis=-2)
-    enter, leave, keep = _gates(total, docs)
-    before = docs.enter * jnp.exp(_down(total))
-    a_up = jnp.roll(a, -1, axis=-2)
-    read_b = jnp.where(docs.pairs, _down(_scores(a_up, b, total)), 0)
-    read_k = jnp.where(docs.pairs, _down(_scores(a_up, k, total)), 0)
-    seen_b = jnp.where(docs.pairs, _scores(r, b, total), 0)
-    seen_k = jnp.where(docs.pairs, _scores(r, k, total), 0)
-    p, by_s = _solve(read_b, read_k @ v, a * before)
+    """A token writes b_i p_i^T + k_i v_i^T, where p_i is what a_i reads: row i - 1 after its decay."""
+    enter, leave, keep = _gates(decay, docs)
+    before = docs.enter * jnp.exp(_down(cumulated(decay)))
+    scores = lambda q, k: gated_scores(q, k, decay, docs.pairs)
+    seen_b, seen_k = scores(r, b), scores(r, k)
+    met_b, met_k = (jnp.where(docs.pairs, _down(scores(_up(a), x)), 0) for x in (b, k))
+    p, by_s = _solve(met_b, met_k @ v, a * before)
     write_b, write_k = (jnp.swapaxes(x * leave, -1, -2) for x in (b, k))
-    return _Chunks(
-        out=seen_b @ p + seen_k @ v,
-        read=r * enter + seen_b @ by_s,
-        keep=keep,
-        mix=write_b @ by_s,
-        add=write_b @ p + write_k @ v,
-    )
+    out, add = seen_b @ p + seen_k @ v, write_b @ p + write_k @ v
+    return _Chunks(out, r * enter + seen_b @ by_s, keep, write_b @ by_s, add)
+
+
+def _gates(decay: Array, docs: _Documents) -> tuple[Array, Array, Array]:
+    """Decay from the entry to each row `[... C K]`, from each row to the exit, and of the state `[... K 1]`."""
+    until = cumulated(decay)
+    after = cumulated(_up(decay), reverse=True)
+    keep = jnp.swapaxes(docs.whole * jnp.exp(until[..., -1:, :]), -1, -2)
+    return docs.enter * jnp.exp(until), docs.leave * jnp.exp(after), keep
 
 
 def _down(x: Array) -> Array:
-    """Rows one further down, 0 in the first."""
+    """Each row one further down, 0 in the first."""
     return jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)])
 
 
-def _gates(total: Array, docs: _Documents) -> tuple[Array, Array, Array]:
-    """Decay from the entry to each row `[... C K]`, from each row to the exit, and of the state `[... K 1]`."""
-    end = total[..., -1:, :]
-    keep = jnp.swapaxes(docs.whole * jnp.exp(end), -1, -2)
-    return docs.enter * jnp.exp(total), docs.leave * jnp.exp(end - total), keep
-
-
-def _scores(q: Array, k: Array, total: Array) -> Array:
-    """q_i . k_j, decayed from j to i, where j <= i."""
-    if total.shape[-1] > 1:
-        return decayed_scores(q, k, total)
-    lower = jnp.tril(jnp.ones((q.shape[-2], q.shape[-2]), bool))
-    decay = jnp.exp(jnp.where(lower, total - jnp.swapaxes(total, -1, -2), -jnp.inf))
-    return jnp.einsum("...ic,...jc->...ij", q, k) * decay
+def _up(x: Array) -> Array:
+    """Each row one further up, 0 in the last."""
+    return jnp.pad(x[..., 1:, :], [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)])
 
 
 def _solve(lower: Array, p: Array, by_s: Array) -> tuple[Array, Array]:
@@ -221,7 +212,7 @@ def _inverse(lower: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
     grow like binomials where keys repeat.
     """
     length = lower.shape[-1]
-    size = 1 << (length - 1).bit_length()
+    size = power_of_two(length)
     lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, size - length)] * 2)
     inverse, rows = jnp.ones((*lower.shape[:-2], size, 1, 1)), 1
     while rows < size:
@@ -230,9 +221,7 @@ def _inverse(lower: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
         blocks = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         x = jnp.matmul(blocks[..., rows:, :rows], first, precision="highest")
-        x = jnp.matmul(second, x, precision="highest")
-        top = jnp.concatenate([first, jnp.zeros_like(x)], axis=-1)
-        inverse = jnp.concatenate([top, jnp.concatenate([x, second], axis=-1)], axis=-2)
+        inverse = corner(first, jnp.matmul(second, x, precision="highest"), second)
         rows *= 2
     return inverse[..., 0, :length, :length]
 

@@ -8,6 +8,7 @@ its exit keeps the tokens whose index is the last one's.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -83,12 +84,13 @@ class _Documents(NamedTuple):
     pairs: Bool[Array, "B C C"]  # j <= i in i's document
     old: Bool[Array, "B C"]  # tokens that continue the entry state
     last: Bool[Array, "B C"]  # tokens in the exit state
+    several: bool  # whether a token may start a document
 
     @classmethod
     def of(cls, resets: Bool[Array, "B C"] | None, length: int) -> _Documents:
         index = jnp.zeros((1, length), jnp.int32) if resets is None else jnp.cumsum(resets, axis=1)
         pairs = jnp.tril(index[:, :, None] == index[:, None, :])
-        return cls(pairs, index == 0, index == index[:, -1:])
+        return cls(pairs, index == 0, index == index[:, -1:], resets is not None)
 
 
 def _shift(x: Array, axis: int, by: int) -> Array:
@@ -104,7 +106,7 @@ def _scalar_step(s: Array, q: Array, k: Array, v: Array, g: Array | None, docume
 
     `before`: tokens read the state before their own update.
     """
-    (batch, groups, length, _), shape = q.shape, v.shape
+    groups, length, shape = q.shape[1], q.shape[2], v.shape
     grouped = lambda x: x.reshape(x.shape[0], groups, -1, *x.shape[2:])
     if g is None:
         g = jnp.zeros((1, v.shape[1], length), jnp.float32)
@@ -124,7 +126,7 @@ def _scalar_step(s: Array, q: Array, k: Array, v: Array, g: Array | None, docume
     o = jnp.einsum("bgrij,bgrjv->bgriv", scores, v)
     o += jnp.einsum("bgik,bgrkv->bgriv", q, memory) * grouped(enter)[..., None]
     new = jnp.einsum("bgjk,bgrjv->bgrkv", k, v * grouped(leave)[..., None])
-    return (keep[..., None] * s + new.reshape(s.shape)), o.reshape(shape)
+    return keep[..., None] * s + new.reshape(s.shape), o.reshape(shape)
 
 
 def _channel_step(s: Array, q: Array, k: Array, v: Array, g: Array, documents: _Documents, before: bool):
@@ -133,6 +135,9 @@ def _channel_step(s: Array, q: Array, k: Array, v: Array, g: Array, documents: _
     q, k = _repeat(q, heads), _repeat(k, heads)
     lower = jnp.tril(jnp.ones((length, length), jnp.float32))
     total = jnp.einsum("ij,bhjk->bhik", lower, g, precision=HIGHEST)
+    if documents.several:  # what passed before a document moves all its sums alike, so it has no gradient
+        own = jnp.einsum("bij,bhjk->bhik", documents.pairs.astype(jnp.float32), g, precision=HIGHEST)
+        total = own + jax.lax.stop_gradient(total - own)
     rest = jnp.einsum("ji,bhjk->bhik", jnp.tril(lower, -1), g, precision=HIGHEST)
     leave = k * jnp.where(documents.last[:, None, :, None], jnp.exp(rest), 0.0)
     keep = jnp.where(documents.old[:, None, -1:, None], jnp.exp(total[:, :, -1:]), 0.0)
@@ -180,11 +185,31 @@ def linear_scan(
     return states, states[:, -1]
 
 
+@jax.custom_vjp
 def _states(h: Float[Array, "B *N"], decay: Float[Array, "B C *N"], update: Float[Array, "B C *N"]) -> Array:
-    """The states [B C *N] of one chunk that is entered with h."""
+    """The states [B C *N] of one chunk that is entered with h.
+
+    The gradient is the same recurrence backwards: an automatic one would keep each level of the scan's tree.
+    """
+    update = jnp.concatenate([update[:, :1] + decay[:, :1] * h[:, None], update[:, 1:]], axis=1)
     combine = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
-    product, own = jax.lax.associative_scan(combine, (decay, update), axis=1)
-    return product * h[:, None] + own
+    return jax.lax.associative_scan(combine, (decay, update), axis=1)[1]
+
+
+def _states_forward(h: Array, decay: Array, update: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    states = _states(h, decay, update)
+    return states, (h, decay, states)
+
+
+def _states_backward(kept: tuple[Array, Array, Array], d_states: Array) -> tuple[Array, Array, Array]:
+    h, decay, states = kept
+    following = _shift(decay, 1, -1)[:, ::-1]
+    d_update = _states(jnp.zeros_like(h), following, d_states[:, ::-1])[:, ::-1]
+    before = jnp.concatenate([h[:, None], states[:, :-1]], axis=1)
+    return decay[:, 0] * d_update[:, 0], d_update * before, d_update
+
+
+_states.defvjp(_states_forward, _states_backward)
 
 
 def selective_scan(
@@ -232,3 +257,36 @@ def selective_scan(
     parts = tuple(None if part is None else split(part, chunk) for part in (x, dt, b, c, resets))
     h, y = jax.lax.scan(body, h0, parts)
     return join(y, length), h
+
+
+def phase_scan(
+    turn: Float[Array, "B T *N"],
+    *,
+    phase0: Float[Array, "B *N"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T *N"], Float[Array, "B *N"]]:
+    """Cumulated angles, theta_t = theta_(t-1) + turn_t, kept modulo 2 pi so that no length costs precision.
+
+    Args:
+        turn: angles in radians, float32.
+        phase0: the phase before the first token; None is zero.
+        resets: True at a token that starts from phase zero.
+
+    Returns:
+        The phases, within a chunk's turns of [0, 2 pi), and the last one modulo 2 pi.
+    """
+    batch, length = turn.shape[:2]
+    chunk = min(chunk, length)
+    if phase0 is None:
+        phase0 = jnp.zeros((batch, *turn.shape[2:]), jnp.float32)
+
+    def body(phase, xs):
+        documents = _Documents.of(xs[1], chunk)
+        sums = jnp.einsum("bij,bj...->bi...", documents.pairs.astype(jnp.float32), xs[0], precision=HIGHEST)
+        old = documents.old.reshape(*documents.old.shape, *[1] * (phase.ndim - 1))
+        phases = sums + jnp.where(old, phase[:, None], 0.0)
+        return jnp.mod(phases[:, -1], 2 * math.pi), phases
+
+    last, phases = jax.lax.scan(body, phase0, (split(turn, chunk), None if resets is None else split(resets, chunk)))
+    return join(phases, length), last

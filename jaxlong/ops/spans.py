@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxlong.core.state import EMPTY
 
@@ -57,6 +58,34 @@ def read_windows(x: Array, ends: Int[Array, "B N"], length: int) -> Array:
     """
     slots = (ends[..., None] + jnp.arange(1 - length, 1)) % x.shape[1]
     return jax.vmap(lambda row, index: row.at[index].get(mode="promise_in_bounds"))(x, slots)
+
+
+def sum_by_blocks(
+    weights: Float[Array, "B T K M"],
+    first: Int[Array, "B T"],
+    finished: Int[Array, "B T"],
+    *,
+    length: int,
+    stride: int,
+    block: int,
+    blocks: int,
+) -> Float[Array, "B T K N"]:
+    """For each of the first N blocks of a query's document, the sum of weights of windows that share a token with it.
+
+    Args:
+        weights: of the row's windows; number n in slot n % M. Only finished ones of the query's document count.
+        first, finished: see `Windows`.
+        length, stride: of the windows. block: tokens of a block. blocks: N.
+    """
+    count = weights.shape[-1]
+    window = jnp.arange(count, dtype=first.dtype)  # of the query's document
+    own = jnp.take_along_axis(weights, ((first[..., None] + window) % count)[:, :, None], axis=-1)
+    own = jnp.where((window < (finished - first)[..., None])[:, :, None], own, 0)
+
+    start = np.arange(blocks)[:, None] * block
+    index = -((length - 1 - start) // stride) + np.arange((block + length - 2) // stride + 1)
+    overlap = (index >= 0) & (index < count) & (index * stride < start + block)
+    return jnp.where(overlap, own[..., np.clip(index, 0, count - 1)], 0).sum(-1)
 
 
 class Summaries(NamedTuple):

@@ -108,6 +108,9 @@ def ttt(
 
 def _scan(step: Callable, carry: Any, cells: Any) -> tuple[Any, Array]:
     """Scan over cells `[groups, cells, ...]`, keeping the carries between groups for the backward pass."""
+    if jax.tree.leaves(cells)[0].shape[:2] == (1, 1):  # a step of decoding
+        carry, o = step(carry, jax.tree.map(lambda x: x[0, 0], cells))
+        return carry, o[None, None]
     group = jax.checkpoint(lambda carry, cells: lax.scan(step, carry, cells), prevent_cse=False)
     return lax.scan(group, carry, cells)
 

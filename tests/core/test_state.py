@@ -99,7 +99,7 @@ def test_push_compiles_once_and_carries_gradients():
 
 
 def test_a_chunk_longer_than_the_cache_is_refused():
-    with pytest.raises(BadInput, match="tokens: 7: .* 6 slots; at most 6"):
+    with pytest.raises(BadInput, match=r"tokens: 7: .* 6 slots; at most 6"):
         pushed(6, [7])
 
 
