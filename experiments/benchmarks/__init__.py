@@ -1,0 +1,1 @@
+"""What `experiments.benchmark` can measure, one file each."""
