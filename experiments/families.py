@@ -81,7 +81,7 @@ def bigram(experiment) -> float:
 
 
 def write(rows: list[dict], out: Path) -> None:
-    from experiments.benchmark import environment
+    from experiments.benchmarks.timing import environment
     from jaxlong.evals.report import markdown_table
 
     out.mkdir(parents=True, exist_ok=True)

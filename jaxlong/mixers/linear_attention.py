@@ -145,7 +145,7 @@ class LinearAttention(nn.Module):
 
     def _log_decay(self) -> tuple[float, ...] | None:
         if self.decay == "retnet":
-            return tuple(math.log1p(-(2.0 ** (-5 - h))) for h in range(self.heads))
+            return retnet_decay(self.heads)
         if self.decay == "lightning":
             return tuple(-(2.0 ** (-8 * (h + 1) / self.heads)) for h in range(self.heads))
         return self.decay
@@ -176,6 +176,11 @@ class LinearAttention(nn.Module):
                 feature="identity", decay="lightning", activation="silu", norm="all", gate="sigmoid", conv=3, scale=1.0
             ),
         }
+
+
+def retnet_decay(heads: int) -> tuple[float, ...]:
+    """Log decays of RetNet, log(1 - 2 ** (-5 - h)): the higher a head, the longer it remembers."""
+    return tuple(math.log1p(-(2.0 ** (-5 - h))) for h in range(heads))
 
 
 def lightning_decay(heads: int, layer: int, layers: int) -> tuple[float, ...]:

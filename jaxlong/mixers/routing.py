@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from jaxlong.core.mask import causal, sliding
+from jaxlong.core.mask import Mask, causal, sliding
 from jaxlong.core.position import NoPE, Rope, apply_rope
 from jaxlong.core.state import KVCache
 from jaxlong.core.types import BadInput
@@ -46,9 +46,9 @@ class Routing(nn.Module):
     ahead nor into another document. Evaluate and decode with a state, which is causal.
 
     Centroids follow the data, not the loss. The sown value losses/centroids is the commitment loss
-    `commitment mean |q - mu|^2`, which moves q and k alone; its gradient on a centroid is rate (mu - mean), with the
-    normalised mean of the tokens whose best centroid it is (0 where there are none). An optimizer that subtracts just
-    this, as `train.optim.self_moving` does, makes mu a moving average with decay 1 - rate.
+    `commitment mean |q - mu|^2` of q (and k) of length 1, which moves q and k alone; its gradient on a centroid is
+    rate (mu - mean), with the normalised mean of the tokens whose best centroid it is (0 where there are none). An
+    optimizer that subtracts just this, as `train.optim.self_moving` does, makes mu a moving average with decay 1 - rate.
 
     Training cost: 8 D C H T + 4 C T (local window + (heads - local)(members clusters members / T + clusters)) flops;
     T^1.5 for sqrt(T) clusters of sqrt(T) members.
@@ -178,19 +178,19 @@ class Routing(nn.Module):
         heads = jnp.arange(R)[:, None, None]
         of_heads = lambda a, index: a[rows, index, heads].reshape(B * R * N, -1, 1, C)
         of_row = lambda a, index: a[rows, index].reshape(B * R * N, -1)
-        out = self._attend(
-            attend_with_lse,
+        out, lse = attend_with_lse(
             of_heads(q, queries),
             of_heads(k, keys),
             of_heads(v, keys),
-            own=of_heads(v, queries),
+            mask=self._mask(),
             q_positions=of_row(positions, queries),
             k_positions=of_row(positions, keys),
             q_segments=of_row(segments, queries),
             k_segments=of_row(segments, keys),
+            scale=self._scale(),
             backend=Backend(sequence="none"),  # members are no contiguous tokens
         )
-        out = out.reshape(B, R, N, -1, C).astype(jnp.float32)
+        out = self._or_own(out, lse, of_heads(v, queries)).reshape(B, R, N, -1, C).astype(jnp.float32)
         total = jnp.zeros((B, T, R, C), jnp.float32).at[rows, queries, heads].add(out)
         count = jnp.zeros((B, T, R), jnp.float32).at[rows, queries, heads].add(1.0)
         return (total / jnp.maximum(count, 1)[..., None]).astype(v.dtype)
@@ -218,26 +218,27 @@ class Routing(nn.Module):
             recency = jnp.broadcast_to(cache.positions[:, None, None].astype(jnp.float32), allowed.shape)
             return top_k(recency, self.members, allowed & same[:, :, None])
 
-        out = self._attend(
-            attend_selected,
+        out, lse = attend_selected(
             q,
             cache.k.astype(q.dtype),
             cache.v.astype(q.dtype),
-            own=v,
-            selection=map_queries(choose, (own[0], positions, segments)),
+            map_queries(choose, (own[0], positions, segments)),
+            mask=self._mask(),
             q_positions=positions,
             k_positions=cache.positions,
             q_segments=segments,
             k_segments=cache.segment_ids,
+            scale=self._scale(),
         )
-        return out, (cache, clusters)
+        return self._or_own(out, lse, v), (cache, clusters)
 
-    def _attend(self, how, q, k, v, *, own, **rest) -> Array:
-        """Causal attention; where queries are their own keys, a token takes its `own` value if it sees nothing else."""
-        if not self.shared:
-            return how(q, k, v, mask=causal(), scale=self._scale(), **rest)[0]
-        out, lse = how(q, k, v, mask=causal() & ~sliding(1), scale=self._scale(), **rest)
-        return jnp.where((lse == -jnp.inf)[..., None], own, out)
+    def _mask(self) -> Mask:
+        """Of routed heads: causal, without the token itself where queries are their own keys."""
+        return causal() & ~sliding(1) if self.shared else causal()
+
+    def _or_own(self, out: Array, lse: Array, own: Array) -> Array:
+        """Where queries are their own keys, the `own` value of a token that sees nothing else."""
+        return jnp.where((lse == -jnp.inf)[..., None], own, out) if self.shared else out
 
     def _loss(self, units, scores, centroids: Float[Array, "R N C"]) -> Float[Array, ""]:
         """The commitment loss, with the moving average as its gradient on the centroids."""

@@ -10,6 +10,7 @@ gradient; `straight_through_top_k` gives it one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ def attend_selected(
 
     Gathers the keys of `query_block` queries at a time: memory grows with query_block n block (C + V) K, also backward,
     where the gathering is done again. Softmax and sums are float32. A query that sees nothing gets exactly 0 with lse
-    -inf. What it does not see changes nothing, not even NaN. Differentiable in q, k and v.
+    -inf. What it does not see changes nothing, not even NaN. Differentiable in q, k and v, in reverse mode and once.
 
     Args:
         selection: slots of k and v; see `Selection`.
@@ -91,7 +92,7 @@ def attend_selected(
     Raises:
         BadInput: heads that do not fit each other, or segments on one side only.
     """
-    (H, C), (S, K) = q.shape[2:], k.shape[1:3]
+    (H, C), K = q.shape[2:], k.shape[2]
     groups = selection.indices.shape[2]
     if H % K:
         raise BadInput("heads", H, f"not a multiple of the {K} key heads", "each key head serves equally many queries")
@@ -101,30 +102,13 @@ def attend_selected(
         given = "k_segments" if q_segments is None else "q_segments"
         raise BadInput("segments", given, "given for one side only", "both q_segments and k_segments, or neither")
 
-    scale = C**-0.5 if scale is None else scale
-    shared, own = (groups, 1) if groups in (1, K) else (K, H // K)  # groups = key heads x selections of each
     if query_block is None:
+        own = H // K if groups == H else 1  # selections of a key head
         numbers = K * own * selection.indices.shape[-1] * block * (C + v.shape[-1])
         query_block = max(1, min(QUERY_BLOCK, GATHERED // numbers))
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    heads = jnp.arange(H, dtype=jnp.int32).reshape(K, own, -1, 1, 1)
-
-    def attend_block(queries):
-        q, (indices, valid), positions, segments = queries
-        slots = (indices[..., None] + jnp.arange(block, dtype=indices.dtype)) % S
-        there = _take(k_positions, slots)
-        seen = valid[..., None] & (there == there[..., :1] + jnp.arange(block, dtype=there.dtype))
-        if segments is not None:
-            ids = _take(k_segments, slots)
-            seen &= (ids == segments[:, :, None, None, None]) & (ids >= 0)
-        by_head = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], shared, own, -1), 1, 3)  # [B k g t m]
-        slots, there, seen = by_head(slots), by_head(there)[:, :, :, None], by_head(seen)[:, :, :, None]
-        seen &= mask(positions[:, None, None, None, :, None], there, heads)  # [B #K g #j t m]
-        q = jnp.moveaxis(q.reshape(*q.shape[:2], K, own, -1, C), 1, 4)  # [B K g j t C]
-        k_chosen, v_chosen = (_gather(x, slots, seen.any(3)) for x in (k, v))
-        return _softmax(scale, q, k_chosen, v_chosen, seen)
-
-    out, lse = map_queries(attend_block, (q, selection, q_positions, q_segments), block=query_block)
+    static = _Static(mask, block, C**-0.5 if scale is None else scale, query_block)
+    ints = _Ints(selection, q_positions, k_positions, q_segments, k_segments)
+    out, lse = _attention(static, (q, k, v), ints)
     return checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
 
 
@@ -184,27 +168,122 @@ def _largest(scores: Float[Array, "*B M"], k: int) -> tuple[Float[Array, "*B n"]
     return values, indices
 
 
-def _take(x: Int[Array, "B S"], slots: Int[Array, "B T R n b"]) -> Int[Array, "B T R n b"]:
-    return jax.vmap(lambda row, index: row.at[index].get(mode="promise_in_bounds"))(x, slots)
+class _Static(NamedTuple):
+    mask: Mask
+    block: int
+    scale: float
+    query_block: int
 
 
-def _gather(
-    x: Float[Array, "B K S C"], slots: Int[Array, "B k g t m"], seen: Bool[Array, "B #K g t m"]
-) -> Float[Array, "B K g t m C"]:
-    """Rows of x at those slots, the same for all key heads if k = 1; 0 where no head of the group sees one."""
-    slots = jnp.broadcast_to(slots, (x.shape[0], x.shape[1], *slots.shape[2:]))
-    rows = jax.vmap(jax.vmap(lambda head, index: head.at[index].get(mode="promise_in_bounds")))(x, slots)
-    return jnp.where(seen[..., None], rows, 0)
+class _Ints(NamedTuple):
+    selection: Selection
+    q_positions: Int[Array, "B T"]
+    k_positions: Int[Array, "B S"]
+    q_segments: Int[Array, "B T"] | None
+    k_segments: Int[Array, "B S"] | None
+
+
+class _Chosen(NamedTuple):
+    """What a block of t queries reads: g selections of m keys for each of k key heads (1: the same for all K)."""
+
+    slots: Int[Array, "B k g t m"]
+    seen: Bool[Array, "B #K g #j t m"]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, floats: tuple[Array, Array, Array], ints: _Ints) -> tuple[Array, Array]:
+    q, k, v = floats
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def attend_block(queries):
+        q, selection, positions, segments = queries
+        chosen = _look_up(static, ints, k.shape[1], q.shape[2], selection, positions, segments)
+        return _softmax(static.scale, q, _gather(k, chosen), _gather(v, chosen), chosen.seen)
+
+    queries = (q, ints.selection, ints.q_positions, ints.q_segments)
+    return map_queries(attend_block, queries, block=static.query_block)
+
+
+def _attention_fwd(static: _Static, floats: tuple[Array, Array, Array], ints: _Ints):
+    return _attention(static, floats, ints), (floats, ints)
+
+
+def _attention_bwd(static: _Static, residuals, cotangents):
+    """Gathers again; gradients of keys and values are added up in place and in float32."""
+    (q, k, v), ints = residuals
+    length, heads_first = q.shape[1], (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def block(sums, rows):
+        (q, selection, positions, segments), out = rows
+        chosen = _look_up(static, ints, k.shape[2], q.shape[2], selection, positions, segments)
+        attend_block = lambda q, k, v: _softmax(static.scale, q, k, v, chosen.seen)
+        _, pull = jax.vjp(attend_block, q, *(_gather(x, chosen) for x in heads_first))
+        dq, *new = pull(out)
+        return tuple(_scatter(total, chosen, x) for total, x in zip(sums, new, strict=True)), dq
+
+    rows = (q, ints.selection, ints.q_positions, ints.q_segments), cotangents
+    rows = jax.tree.map(lambda x: split(x, min(static.query_block, length)), rows)
+    sums = tuple(jnp.zeros_like(x, dtype=accumulator(x.dtype)) for x in heads_first)
+    (dk, dv), dq = lax.scan(block, sums, rows)
+    return (join(dq, length), dk.swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype)), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _look_up(
+    static: _Static,
+    ints: _Ints,
+    K: int,
+    H: int,
+    selection: Selection,
+    positions: Int[Array, "B t"],
+    segments: Int[Array, "B t"] | None,
+) -> _Chosen:
+    """The slots that a block of queries reads, and which of them it sees."""
+    groups = selection.indices.shape[2]
+    key_heads, own = (groups, 1) if groups in (1, K) else (K, H // K)
+    offset = jnp.arange(static.block, dtype=jnp.int32)
+    slots = (selection.indices[..., None] + offset) % ints.k_positions.shape[1]
+    of_slots = jax.vmap(lambda row, index: row.at[index].get(mode="promise_in_bounds"))
+    there = of_slots(ints.k_positions, slots)
+    seen = selection.valid[..., None] & (there == there[..., :1] + offset)
+    if segments is not None:
+        ids = of_slots(ints.k_segments, slots)
+        seen &= (ids == segments[:, :, None, None, None]) & (ids >= 0)
+    by_head = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], key_heads, own, -1), 1, 3)
+    slots, there, seen = by_head(slots), by_head(there)[:, :, :, None], by_head(seen)[:, :, :, None]
+    heads = jnp.arange(H, dtype=jnp.int32).reshape(K, own, -1, 1, 1)
+    return _Chosen(slots, seen & static.mask(positions[:, None, None, None, :, None], there, heads))
+
+
+def _slots_of_heads(chosen: _Chosen, x: Array) -> Int[Array, "B K g t m"]:
+    return jnp.broadcast_to(chosen.slots, (x.shape[0], x.shape[1], *chosen.slots.shape[2:]))
+
+
+def _gather(x: Float[Array, "B K S C"], chosen: _Chosen) -> Float[Array, "B K g t m C"]:
+    """The chosen rows of x; 0 where no head of a group sees one."""
+    take = jax.vmap(jax.vmap(lambda head, index: head.at[index].get(mode="promise_in_bounds")))
+    return jnp.where(chosen.seen.any(3)[..., None], take(x, _slots_of_heads(chosen, x)), 0)
+
+
+def _scatter(x: Float[Array, "B K S C"], chosen: _Chosen, new: Float[Array, "B K g t m C"]) -> Float[Array, "B K S C"]:
+    """Adds to the chosen rows of x; the transpose of `_gather`."""
+    new = jnp.where(chosen.seen.any(3)[..., None], new, 0).astype(x.dtype)
+    add = jax.vmap(jax.vmap(lambda head, index, rows: head.at[index].add(rows, mode="promise_in_bounds")))
+    return add(x, _slots_of_heads(chosen, x), new)
 
 
 def _softmax(
     scale: float,
-    q: Float[Array, "B K g j t C"],
+    q: Float[Array, "B t H C"],
     k: Float[Array, "B K g t m C"],
     v: Float[Array, "B K g t m V"],
     seen: Bool[Array, "B #K g #j t m"],
 ) -> tuple[Float[Array, "B t H V"], Float[Array, "B t H"]]:
     """Each query over its own m keys; see `attend_selected`."""
+    (B, K, own), (t, H, C) = k.shape[:3], q.shape[1:]
+    q = jnp.moveaxis(q.reshape(B, t, K, own, -1, C), 1, 4)  # [B K g j t C]
     wide = accumulator(q.dtype)
     product = lambda formula, a, b: jnp.einsum(formula, a, b, preferred_element_type=wide, precision=precision(a.dtype))
     scores = jnp.where(seen, scale * product("bkgjtc,bkgtmc->bkgjtm", q, k), -jnp.inf)
@@ -216,5 +295,5 @@ def _softmax(
     total = jnp.where(nothing, 1, total)
     out = product("bkgjtm,bkgtmv->bkgjtv", (weights / total).astype(v.dtype), v)
     lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
-    by_token = lambda x: jnp.moveaxis(x, 4, 1).reshape(x.shape[0], x.shape[4], -1, x.shape[-1])
+    by_token = lambda x: jnp.moveaxis(x, 4, 1).reshape(B, t, H, -1)
     return by_token(out).astype(v.dtype), by_token(lse)[..., 0]

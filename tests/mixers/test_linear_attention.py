@@ -11,7 +11,7 @@ from golden_cases import FOLDER, check_function, check_layer, group
 from jaxlong.core.position import Rope
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import GLA, LinearAttention
-from jaxlong.mixers.linear_attention import lightning_decay
+from jaxlong.mixers.linear_attention import lightning_decay, retnet_decay
 from jaxlong.ops.scan import linear_attention
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -33,8 +33,7 @@ def test_gated_forms_equal_fla(kind, name):
 def test_retention_equals_fla(name):
     case, gradients = group(GOLDEN, f"retention/{name}/")
     scale, heads = case["q"].shape[-1] ** -0.5, case["q"].shape[2]
-    decay = LinearAttention(heads=heads, head_dim=4, decay="retnet")._log_decay()
-    g = jnp.broadcast_to(jnp.asarray(decay, jnp.float32), case["q"].shape[:3])
+    g = jnp.broadcast_to(jnp.asarray(retnet_decay(heads), jnp.float32), case["q"].shape[:3])
     check_function(lambda q, k, v: linear_attention(q * scale, k, v, g, chunk=8), ("q", "k", "v"), case, gradients)
 
 

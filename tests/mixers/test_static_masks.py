@@ -104,13 +104,9 @@ def test_each_mask_equals_a_dense_softmax(name):
     mask, sees = MASKS[name]
     random = np.random.default_rng(0)
     normal = lambda *shape: random.standard_normal(shape).astype(np.float32) / 2
-    params = {
-        "wq": normal(WIDTH, 4, 4),
-        "wk": normal(WIDTH, 2, 4),
-        "wv": normal(WIDTH, 2, 4),
-        "wo": normal(4, 4, WIDTH),
-    }
-    x, weights = normal(1, LENGTH, WIDTH), normal(1, LENGTH, WIDTH)
+    shapes = {"wq": (WIDTH, 4, 4), "wk": (WIDTH, 2, 4), "wv": (WIDTH, 2, 4), "wo": (4, 4, WIDTH)}
+    params = {key: jnp.asarray(normal(*shape)) for key, shape in shapes.items()}
+    x, weights = jnp.asarray(normal(1, LENGTH, WIDTH)), normal(1, LENGTH, WIDTH)
     mixer = GQA(heads=4, kv_heads=2, head_dim=4, mask=mask, position=NoPE())
 
     def loss(x):
@@ -120,7 +116,7 @@ def test_each_mask_equals_a_dense_softmax(name):
     d_x, y = jax.jit(jax.grad(loss, has_aux=True))(x)
     seen = np.array([[[sees(i, j, h) for j in range(LENGTH)] for i in range(LENGTH)] for h in range(4)])
     exact = {key: np.asarray(array, np.float64) for key, array in params.items()}
-    want, d_want = softmax_attention(exact, x[0].astype(np.float64), seen, weights[0].astype(np.float64))
+    want, d_want = softmax_attention(exact, np.asarray(x[0], np.float64), seen, weights[0].astype(np.float64))
     close(y[0], want)
     close(d_x[0], d_want)
 
