@@ -33,7 +33,7 @@ def config() -> Recall:
             contender("attention", "attention", attention, 6e-3),
             *(contender(f"window-{n}", "sliding window", attention.clone(mask=sliding(n)), 6e-3) for n in (16, 32, 48)),
             contender("linear", "linear attention", LinearAttention(**same), 1.5e-2),
-            contender("mamba2", "Mamba-2", Mamba2(state_dim=32, **same), 1.5e-2),
+            contender("mamba2", "Mamba-2", Mamba2(state_dim=32, step_limit=(0.0, 10.0), **same), 1.5e-2),
             contender("delta_net", "DeltaNet", DeltaNet(**same), 1.5e-2),
             contender("gated_delta_net", "Gated DeltaNet", GatedDeltaNet(**same), 1.5e-2),
             contender("kda", "KDA", KDA(**same), 1.5e-2),
