@@ -58,7 +58,8 @@ class Recall:
 
     Fields:
         data, train: as in an Experiment; the schedule's peak is each model's own.
-        tests: held-out questions; accuracy is the mean over them.    rows: documents of each.
+        tests: held-out questions; accuracy is the mean over those whose keys are written once, and, apart from
+            these, over those whose keys are written again.    rows: documents of each.
         seeds: of parameters and training rows; accuracy is the mean over them.
     """
 
@@ -76,6 +77,8 @@ class Recall:
                 raise BadInput(name, values, "none, or one twice", "one or more, all different")
         if self.rows < 1:
             raise BadInput("rows", self.rows, "asks nothing", "1 or more")
+        if all(test.writes > 1 for test in self.tests):
+            raise BadInput("tests", self.tests, "none writes its keys once", "one test or more with writes=1")
         for i, test in enumerate(self.tests):
             if test.length is None or test.split != "test":
                 raise BadInput(f"tests.{i}", test, "is no held-out document", 'a length of its own, split="test"')
@@ -87,8 +90,10 @@ class Recalled:
 
     Fields:
         mixer: of the last layer, with its fields.    state_bytes: of all layers, one row of the longest test.
-        accuracy: share of held-out queries answered, the mean over `by_test`.
-        computed: for a model whose memory is one window, the share of queries that it reaches.
+        accuracy: share of held-out queries answered, the mean over the tests whose keys are written once.
+        replaced: the same where keys are written again; None if that is not asked.
+        by_test: both, test by test.
+        computed: for a model whose memory is one window, the share of queries that it reaches, as `accuracy`.
         seconds: of training, compilation included; of the last part only where a run went on.
         settings: a hash of everything that decides the accuracy.
     """
@@ -101,8 +106,10 @@ class Recalled:
     state_bytes: int
     parameters: int
     accuracy: float
+    replaced: float | None
     by_test: tuple[float, ...]
     pairs: tuple[int, ...]
+    writes: tuple[int, ...]
     lengths: tuple[int, ...]
     steps: int
     learning_rate: float
@@ -171,15 +178,18 @@ def measure(recall: Recall, trial: Trial, out: str | Path, *, title: str = "trai
     model, reach = trial.contender.model, window_reach(trial.contender.model)
     by_test = tuple(accuracy(model, params, recall, test) for test in recall.tests)
     computed = None if reach is None else computed_accuracy(recall, reach)
+    once = [test.writes == 1 for test in recall.tests]
     return Recalled(
         trial=trial.name,
         contender=trial.contender.name,
         mixer=to_data(model.blocks[-1][0]),
         state_bytes=state_bytes(model, max(test.length or 0 for test in recall.tests)),
         parameters=run.count_params(model),
-        accuracy=float(np.mean(by_test)),
+        accuracy=_mean(by_test, once),
+        replaced=None if all(once) else _mean(by_test, [not one for one in once]),
         by_test=by_test,
         pairs=tuple(test.pairs for test in recall.tests),
+        writes=tuple(test.writes for test in recall.tests),
         lengths=tuple(test.length or 0 for test in recall.tests),
         steps=recall.train.steps,
         learning_rate=trial.rate,
@@ -188,6 +198,10 @@ def measure(recall: Recall, trial: Trial, out: str | Path, *, title: str = "trai
         settings=settings(recall, trial),
         computed=computed,
     )
+
+
+def _mean(values: Sequence[float], chosen: Sequence[bool]) -> float:
+    return float(np.mean(np.asarray(values)[np.asarray(chosen)]))
 
 
 def accuracy(model: LM, params: Any, recall: Recall, test: MQAR) -> float:
@@ -214,9 +228,9 @@ def _rows(test: MQAR, tokenizer: Tokenizer) -> Any:
 
 @functools.cache
 def computed_accuracy(recall: Recall, reach: int) -> float:
-    """What a model answers that sees exactly `reach` tokens back, from the rows of the tests alone."""
+    """What a model answers that sees exactly `reach` tokens back, from the rows of the tests written once alone."""
     source = lambda test: Batch(*map(np.concatenate, zip(*held_out(test, recall.data, recall.rows), strict=True)))
-    return float(np.mean([within(source(test), reach) for test in recall.tests]))
+    return float(np.mean([within(source(test), reach) for test in recall.tests if test.writes == 1]))
 
 
 def window_reach(model: LM) -> int | None:
@@ -264,46 +278,57 @@ def best(recall: Recall, records: Sequence[Recalled]) -> list[Best]:
 
 
 def write_report(recall: Recall, records: Sequence[Recalled], out: str | Path) -> str:
-    """Write report.md and recall.png, views of the records; returns the report."""
+    """Write report.md and recall.png (and replaced.png), views of the records; returns the report."""
     found = best(recall, records)
-    figure = draw(found)
-    report.save(figure, Path(out) / "recall.png")
-    asked = ", ".join(f"{test.pairs} in {test.length} tokens" for test in recall.tests)
+    asks = {"recall": [test for test in recall.tests if test.writes == 1]}
+    again = [test for test in recall.tests if test.writes > 1]
+    asks |= {"replaced": again} if again else {}
+    for name in asks:
+        report.save(draw(found, name), Path(out) / f"{name}.png")
+    tests = lambda tests: ", ".join(f"{t.pairs} pairs of {t.keys} keys in {t.length} tokens" for t in tests)
     text = "\n".join(
         [
             "# Recall\n",
-            f"Share of held-out queries answered (multi-query associative recall, pairs: {asked}; {recall.rows}"
-            f" documents each), after {recall.train.steps} steps. State: bytes that all layers keep of one document."
-            " Computed: the share that a window reaches, from the data alone.\n",
+            f"Share of held-out queries answered after {recall.train.steps} steps (multi-query associative recall,"
+            f" {recall.rows} documents each). State: bytes that all layers keep of one document. "
+            + " ".join(f"{name.capitalize()}: {tests(asked)}." for name, asked in asks.items())
+            + " Computed: the recall of all that a window reaches, from the data alone.\n",
             report.markdown_table(
-                ["model", "state bytes", "recall", "computed", "parameters", "rate", "of", "seeds", "s a run"],
-                [_row(b) for b in found],
+                ["model", "state bytes", *asks, "computed", "parameters", "rate", "of", "seeds", "s a run"],
+                [_row(b, again=bool(again)) for b in found],
             ),
-            "![recall by state](recall.png)\n",
+            *(f"![{name} by state]({name}.png)\n" for name in asks),
         ]
     )
     (Path(out) / "report.md").write_text(text)
     return text
 
 
-def _row(b: Best) -> list[Any]:
+def _row(b: Best, again: bool) -> list[Any]:
     first = b.records[0]
+    shares = [f"{b.accuracy:.3f}", *([f"{replaced(b):.3f}"] if again else [])]
     computed = "" if first.computed is None else f"{first.computed:.3f}"
     rate = [f"{first.learning_rate:g}", len(b.contender.rates), len(b.records)]
     seconds = f"{np.mean([r.seconds for r in b.records]):.0f}"
-    return [b.contender.name, first.state_bytes, f"{b.accuracy:.3f}", computed, first.parameters, *rate, seconds]
+    return [b.contender.name, first.state_bytes, *shares, computed, first.parameters, *rate, seconds]
 
 
-def draw(found: Sequence[Best]) -> Any:
-    """Recall by bytes of state, one curve a family; what windows should reach as a curve of its own."""
+def replaced(b: Best) -> float:
+    """Accuracy where keys are written again, the mean over seeds; NaN if that was not asked."""
+    return float(np.mean([np.nan if r.replaced is None else r.replaced for r in b.records]))
+
+
+def draw(found: Sequence[Best], name: str = "recall") -> Any:
+    """Accuracy by bytes of state, one curve a family; for "recall" also what windows reach, as a curve of its own."""
     curves = []
     for family in dict.fromkeys(b.contender.family for b in found):
         members = sorted((b for b in found if b.contender.family == family), key=lambda b: b.records[0].state_bytes)
         sizes = [b.records[0].state_bytes for b in members]
-        curves.append(report.Curve(family, sizes, [b.accuracy for b in members]))
+        curves.append(report.Curve(family, sizes, [b.accuracy if name == "recall" else replaced(b) for b in members]))
         reached = [b.records[0].computed for b in members]
-        if None not in reached:
+        if name == "recall" and None not in reached:
             curves.append(report.Curve(f"{family}, computed", sizes, reached))
-    figure = report.lines(curves, x_label="state (bytes)", y_label="recall", lengths=True)
+    label = {"recall": "recall", "replaced": "recall of replaced values"}[name]
+    figure = report.lines(curves, x_label="state (bytes)", y_label=label, lengths=True)
     figure.axes[0].set_ylim(-0.03, 1.03)
     return figure

@@ -48,7 +48,7 @@ def config():
             Contender("conv", "convolution", model.clone(pattern=(ShortConv(width=2),))),
         ),
         data=Data(length=32, batch=8, tokenizer=Ids(16), mixture=(MQAR(vocab=16, pairs=2, length=16),)),
-        tests=(MQAR(vocab=16, pairs=2, length=16, split="test"), MQAR(vocab=16, pairs=4, length=16, split="test")),
+        tests=tuple(MQAR(vocab=16, pairs=n, writes=n // 2, length=16, split="test") for n in (2, 4)),
         train=Train(steps=3, schedule=Cosine(peak=1.0, warmup=1)),
         rows=20,
     )
@@ -86,12 +86,13 @@ def test_what_is_written(out, tiny):
     state = jax.eval_shape(lambda: model.init_state(1, 16, max_chunk=1))
     for record in records:
         assert record["pairs"] == [2, 4] and record["lengths"] == [16, 16] and record["steps"] == 3
-        assert 0 <= record["accuracy"] <= 1 and record["accuracy"] == np.mean(record["by_test"])
+        assert [record["accuracy"], record["replaced"]] == record["by_test"] and 0 <= record["accuracy"] <= 1
         assert record["state_bytes"] == nbytes(state) and record["seconds"] > 0
         assert record["computed"] == lab.computed_accuracy(grid, 7)
         assert record["mixer"]["type"] == "GQA" and record["mixer"]["mask"] == to_data(sliding(8))
     text = (out / "report.md").read_text()
-    assert "| window " in text and "conv" not in text and (out / "recall.png").stat().st_size > 1000
+    assert "| window " in text and "conv" not in text
+    assert all((out / f"{name}.png").stat().st_size > 1000 for name in ("recall", "replaced"))
 
 
 def test_a_second_run_trains_only_what_is_missing(out, tiny, monkeypatch, capsys):
@@ -128,6 +129,7 @@ def test_a_broken_record_is_told(tiny, tmp_path, capsys):
     ("--config.contenders.0.name=a/b", "name"),
     ("--config.contenders.2.name=x", "has no item"),
     ("--config.tests.0.split=train", "tests.0"),
+    ("--config.tests.0.writes=2", "tests"),
     ("--config.tests.0.vocab=18", "MQAR.vocab: 18"),
     ("--config.data.tokenizer=Ids(vocab_size=17)", "model.vocab: 16"),
     ("--config.contnders=()", "nearest: contenders"),

@@ -9,6 +9,9 @@ import pytest
 from absl import flags
 
 from experiments import benchmark, cli, evaluate, extend, generate, pretrain
+from experiments.benchmarks import mixers
+from experiments.benchmarks.recurrences import rivals
+from jaxlong.mixers import MIXERS
 from jaxlong.train.loop import Diverged
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -67,6 +70,36 @@ def test_benchmark(tmp_path, capsys):
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert len(rows) == 6 and all(row["both_ms"] > 0 and row["both_MiB"] > 0 for row in rows)
     assert "blockwise window 1024" in (tmp_path / "attention.md").read_text()
+
+
+def test_benchmark_of_mixers(tmp_path, capsys):
+    call(
+        benchmark, "--what=mixers", "--mixers=short_conv,mamba2", "--lengths=16,32", "--repeats=1", f"--out={tmp_path}"
+    )
+    results = json.loads((tmp_path / "mixers.json").read_text())
+    conv, mamba = results["rows"]
+    assert conv["mixer"] == "short_conv" and conv["linear"] and mamba["module"]["heads"] == 8
+    assert set(conv["both_ms"]) == set(conv["both_MiB"]) == {"16", "32"} and conv["decode_ms"] > 0
+    assert conv["state_bytes"] == {"4K": 2056, "128K": 2056, "1M": 2056}
+    (against,) = results["tokens"]
+    assert against["mixer"] == "mamba2" and against["error"] < 1e-5 and against["tokens_both_ms"] > 0
+    assert "Time at 32 tokens over time at 16" in (tmp_path / "mixers.md").read_text()
+
+
+def test_recurrences_are_those_of_the_chunks():
+    import jax.numpy as jnp
+
+    for name, rival in rivals().items():
+        arguments = rival.inputs(65)
+        want = rival.tokens(*arguments)
+        assert jnp.abs(rival.chunked(*arguments) - want).max() < 1e-5 * jnp.abs(want).max(), name
+
+
+def test_every_mixer_has_a_size():
+    """The benchmark knows a size for every entry of the registry, and which of them are linear in time."""
+    found = {name: mixers.linear(mixers.sized(name)) for name in MIXERS}
+    assert set(found) <= set(mixers.SIZES)
+    assert found["kda"] and found["mamba2"] and not found["gqa"] and not found["mla"]
 
 
 def test_divergence_is_one_line_and_exit_code_1(capsys):

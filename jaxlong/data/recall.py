@@ -64,7 +64,9 @@ class MQAR:
 
     Args:
         vocab: ids are below it.
-        pairs: N; at most length / 4.
+        pairs: N; as many tokens as pairs and queries take must fit.
+        writes: values that each key is given, in pairs in any order; the last is the answer. 1 is the published task;
+            2 or more also ask whether a memory can replace what it holds. Divides N.
         length: tokens of a document; a row holds as many as fit, packed. None: one as long as the row.
         alpha: 1 asks for all keys equally late; near 0 most are asked for early.
         filler: what stands where no query is: "zero", or "random" ids of the whole vocabulary.
@@ -74,6 +76,7 @@ class MQAR:
 
     vocab: int
     pairs: int
+    writes: int = 1
     length: int | None = None
     alpha: float = 0.01
     filler: str = "zero"
@@ -83,6 +86,9 @@ class MQAR:
     def __post_init__(self) -> None:
         if self.pairs < 1:
             raise BadInput("MQAR.pairs", self.pairs, "nothing to recall", "1 or more")
+        if self.writes < 1 or self.pairs % self.writes:
+            why = f"does not divide pairs = {self.pairs}"
+            raise BadInput("MQAR.writes", self.writes, why, "1, or another divisor")
         if self.vocab < 2 * self.pairs + 2:
             why = f"has {max(self.vocab // 2 - 1, 0)} keys for {self.pairs} pairs"
             raise BadInput("MQAR.vocab", self.vocab, why, f"{2 * self.pairs + 2} or more")
@@ -95,9 +101,15 @@ class MQAR:
                 raise BadInput(f"MQAR.{name}", getattr(self, name), "unknown", f"one of {', '.join(allowed)}")
 
     def _check_length(self, field: str, length: int) -> None:
-        if length < 4 * self.pairs or length % 2:
-            why = f"{self.pairs} pairs and as many slots for queries do not fit"
-            raise BadInput(field, length, why, f"an even number, {4 * self.pairs} or more")
+        least = 2 * self.pairs + 2 * self.keys
+        if length < least or length % 2:
+            why = f"{self.pairs} pairs and {self.keys} slots for queries do not fit"
+            raise BadInput(field, length, why, f"an even number, {least} or more")
+
+    @property
+    def keys(self) -> int:
+        """Different keys, and queries, of a document."""
+        return self.pairs // self.writes
 
     def rows(self, *, length: int, tokenizer: Tokenizer, seed: int) -> MQARRows:
         """Row i of `length` tokens for every i >= 0.
@@ -116,7 +128,7 @@ class MQAR:
 
     def identity(self) -> dict[str, str | int | float]:
         """What must be the same for the same rows."""
-        numbers = {"vocab": self.vocab, "pairs": self.pairs, "length": self.length or "row"}
+        numbers = {"vocab": self.vocab, "pairs": self.pairs, "writes": self.writes, "length": self.length or "row"}
         law = {"alpha": float(self.alpha), "filler": self.filler, "split": self.split, "weight": float(self.weight)}
         return numbers | law
 
@@ -157,18 +169,21 @@ class MQARRows:
     def _document(self, i: int) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "T"]]:
         """Tokens, and labels that are 0 where there is no query."""
         part, half = self._part, self._part.vocab // 2
-        N, slots = part.pairs, len(self._log_odds)
-        draws = self._uniform(i, half - 1 + part.vocab - half + slots + self._size)
-        keys_at, values_at, slots_at, rest = np.split(draws, np.cumsum([half - 1, part.vocab - half, slots]))
-        keys, values = 1 + np.argsort(keys_at)[:N], half + np.argsort(values_at)[:N]
+        N, K = part.pairs, part.keys
+        counts = half - 1, part.vocab - half, len(self._log_odds), self._size, N
+        draws = np.split(self._uniform(i, sum(counts)), np.cumsum(counts[:-1]))
+        keys, values = 1 + np.argsort(draws[0])[:K], half + np.argsort(draws[1])[:N]
         # The largest of log p + Gumbel noise, in order, are successive draws without replacement.
-        queries = 2 * N + 2 * np.argsort(np.log(-np.log(slots_at)) - self._log_odds)[:N]
+        queries = 2 * N + 2 * np.argsort(np.log(-np.log(draws[2])) - self._log_odds)[:K]
+        key_of_pair = np.arange(N) if part.writes == 1 else np.argsort(draws[4]) % K
+        last = np.zeros(K, np.int64)
+        np.maximum.at(last, key_of_pair, np.arange(N))
 
         tokens, targets = np.zeros(self._size, np.int64), np.zeros(self._size, np.int64)
         if part.filler == "random":
-            tokens[:] = rest * part.vocab
-        tokens[0 : 2 * N : 2], tokens[1 : 2 * N : 2] = keys, values
-        tokens[queries], targets[queries] = keys, values
+            tokens[:] = draws[3] * part.vocab
+        tokens[0 : 2 * N : 2], tokens[1 : 2 * N : 2] = keys[key_of_pair], values
+        tokens[queries], targets[queries] = keys, values[last]
         return tokens, targets
 
     def _uniform(self, i: int, count: int) -> Float64[np.ndarray, "n"]:

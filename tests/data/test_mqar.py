@@ -13,6 +13,7 @@ CASES = {
     "tight": (MQAR(vocab=34, pairs=16), 64),
     "small": (MQAR(vocab=128, pairs=5, length=30), 64),
     "random": (MQAR(vocab=90, pairs=4, filler="random"), 40),
+    "written": (MQAR(vocab=64, pairs=12, writes=3, length=36), 80),
     "test": (MQAR(vocab=64, pairs=3, length=32, split="test", alpha=1.0), 100),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -27,21 +28,20 @@ def same(a: Batch, b: Batch) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def answers(tokens, targets, weights, pairs: int) -> int:
-    """Check a document token by token; gives the number of its queries."""
-    half = len(tokens)
+def check_answers(tokens, targets, weights, pairs: int, writes: int) -> None:
+    """Read a document token by token."""
     keys, values = tokens[0 : 2 * pairs : 2].tolist(), tokens[1 : 2 * pairs : 2].tolist()
-    assert len(set(keys)) == len(set(values)) == pairs and max(keys) < min(values)
+    assert all(keys.count(key) == writes for key in keys)
+    assert len(set(values)) == pairs and max(keys) < min(values)
     asked = []
-    for at in range(half):
+    for at in range(len(tokens)):
         if weights[at]:
             assert at >= 2 * pairs and at % 2 == 0
-            assert targets[at] == values[keys.index(tokens[at])]
+            assert targets[at] == dict(zip(keys, values, strict=True))[tokens[at]]
             asked.append(tokens[at])
         else:
             assert targets[at] == 0
-    assert sorted(asked) == sorted(keys)
-    return len(asked)
+    assert sorted(asked) == sorted(set(keys))
 
 
 @every_case
@@ -53,7 +53,7 @@ def test_answers_are_right(case):
         row = Batch(*row)
         for n in range(length // size):
             span = slice(n * size, (n + 1) * size)
-            answers(row.tokens[span], row.targets[span], row.loss_weights[span], part.pairs)
+            check_answers(row.tokens[span], row.targets[span], row.loss_weights[span], part.pairs, part.writes)
             assert np.array_equal(row.positions[span], np.arange(size)) and (row.segment_ids[span] == n + 1).all()
         rest = slice(length // size * size, length)
         assert not row.loss_weights[rest].any() and not row.segment_ids[rest].any()
@@ -135,6 +135,8 @@ def test_a_part_of_a_mixture():
 @pytest.mark.parametrize("make, say", [
     (lambda: MQAR(vocab=64, pairs=0), "MQAR.pairs: 0"),
     (lambda: MQAR(vocab=20, pairs=10), "MQAR.vocab: 20: has 9 keys for 10 pairs; 22 or more"),
+    (lambda: MQAR(vocab=64, pairs=4, writes=3), "MQAR.writes: 3: does not divide pairs = 4"),
+    (lambda: MQAR(vocab=64, pairs=4, writes=0), "MQAR.writes: 0"),
     (lambda: MQAR(vocab=64, pairs=4, length=15), "MQAR.length: 15"),
     (lambda: MQAR(vocab=64, pairs=4, length=17), "MQAR.length: 17"),
     (lambda: MQAR(vocab=64, pairs=4, alpha=0.0), "MQAR.alpha: 0.0"),
