@@ -4,16 +4,17 @@ Each model is a short convolution and one mixer, without feed-forward layers, as
 documents of 2 to 12 pairs in 8 to 64 tokens, and is asked for 12 pairs in 64 tokens: with 12 keys, and with 6 keys that
 are written twice, where the later value is the answer. Expected of 12 keys: attention answers at least 99 %, a window
 what it reaches, computed from the data, within 3 points. Of 6 keys: Gated DeltaNet and KDA answer at least 20 points
-more than linear attention, which adds the second value to the first and has no less state (256 bytes more).
+more than linear attention, which adds the second value to the first and has no less state (256 bytes more); attention
+without positions cannot tell which of two values came later either, with ALiBi it can.
 
     python -m experiments.recall --config=configs/recall_small.py --out=runs/recall
 """
 
 from jaxlong.config import Train
 from jaxlong.core.mask import sliding
-from jaxlong.core.position import NoPE
+from jaxlong.core.position import Alibi, NoPE
 from jaxlong.data import MQAR, Data, Ids
-from jaxlong.mixers import GQA, KDA, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2, ShortConv
+from jaxlong.mixers import GQA, KDA, DeltaNet, GatedDeltaNet, LinearAttention, ShortConv
 from jaxlong.model import LM
 from jaxlong.recall import Contender, Recall
 from jaxlong.train.optim import AdamW, Cosine
@@ -37,8 +38,8 @@ def config() -> Recall:
         contenders=(
             contender("attention", "attention", attention, 6e-3),
             *(contender(f"window-{n}", "sliding window", attention.clone(mask=sliding(n)), 6e-3) for n in (16, 32, 48)),
+            contender("alibi", "attention, ALiBi", attention.clone(position=Alibi()), 6e-3),
             contender("linear", "linear attention", LinearAttention(**same), 1.5e-2),
-            contender("mamba2", "Mamba-2", Mamba2(state_dim=32, step_limit=(0.0, 10.0), **same), 1.5e-2),
             contender("delta_net", "DeltaNet", DeltaNet(**same), 1e-2),
             contender("gated_delta_net", "Gated DeltaNet", GatedDeltaNet(**same), 1e-2),
             contender("kda", "KDA", KDA(**same), 1e-2),

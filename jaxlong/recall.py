@@ -319,16 +319,22 @@ def replaced(b: Best) -> float:
 
 
 def draw(found: Sequence[Best], name: str = "recall") -> Any:
-    """Accuracy by bytes of state, one curve a family; for "recall" also what windows reach, as a curve of its own."""
-    curves = []
+    """Accuracy by bytes of state, one curve a family; for "recall" a dotted one for what windows reach."""
+    curves, reached = [], []
     for family in dict.fromkeys(b.contender.family for b in found):
         members = sorted((b for b in found if b.contender.family == family), key=lambda b: b.records[0].state_bytes)
         sizes = [b.records[0].state_bytes for b in members]
         curves.append(report.Curve(family, sizes, [b.accuracy if name == "recall" else replaced(b) for b in members]))
-        reached = [b.records[0].computed for b in members]
-        if name == "recall" and None not in reached:
-            curves.append(report.Curve(f"{family}, computed", sizes, reached))
+        computed = [b.records[0].computed for b in members]
+        if name == "recall" and None not in computed:
+            reached.append(report.Curve(f"{family}, computed", sizes, computed))
     label = {"recall": "recall", "replaced": "recall of replaced values"}[name]
-    figure = report.lines(curves, x_label="state (bytes)", y_label=label, lengths=True)
-    figure.axes[0].set_ylim(-0.03, 1.03)
+    figure = report.lines([*curves, *reached], x_label="state (bytes)", y_label=label, lengths=True)
+    axis = figure.axes[0]
+    axis.set_ylim(-0.03, 1.05)
+    for line in axis.lines:  # hollow, since models of one size that answer everything share a point
+        line.set(markerfacecolor="none", markersize=7.5, markeredgewidth=1.4)
+    for line in axis.lines[len(curves) :]:
+        line.set(color=report.INK, marker="", linestyle=":")
+    axis.legend(fontsize=report.SIZES["tick"], frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02))
     return figure
