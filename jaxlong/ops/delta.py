@@ -161,7 +161,8 @@ def _delta_chunks(q: Array, k: Array, v: Array, decay: Array, beta: Array, docs:
         seen, met = (jnp.einsum("...ic,...jc->...ij", x, k) * fade for x in (q, k))
     else:
         seen, met = (gated_scores(x, k, decay, docs.pairs) for x in (q, k))
-    p, by_s = _solve(-beta * jnp.tril(met, -1), beta * v, -beta * k * enter)
+    solve = _inverse(-beta * jnp.tril(met, -1)) * jnp.swapaxes(beta, -1, -2)
+    p, by_s = _apply(solve, v, -k * enter)
     write = jnp.swapaxes(k * leave, -1, -2)
     return _Chunks(seen @ p, q * enter + seen @ by_s, keep, write @ by_s, write @ p)
 
@@ -173,7 +174,7 @@ def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b:
     scores = lambda q, k: gated_scores(q, k, decay, docs.pairs)
     seen_b, seen_k = scores(r, b), scores(r, k)
     met_b, met_k = (jnp.where(docs.pairs, _down(scores(_up(a), x)), 0) for x in (b, k))
-    p, by_s = _solve(met_b, met_k @ v, a * before)
+    p, by_s = _apply(_inverse(met_b), met_k @ v, a * before)
     write_b, write_k = (jnp.swapaxes(x * leave, -1, -2) for x in (b, k))
     out, add = seen_b @ p + seen_k @ v, write_b @ p + write_k @ v
     return _Chunks(out, r * enter + seen_b @ by_s, keep, write_b @ by_s, add)
@@ -197,9 +198,9 @@ def _up(x: Array) -> Array:
     return jnp.pad(x[..., 1:, :], [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)])
 
 
-def _solve(lower: Array, p: Array, by_s: Array) -> tuple[Array, Array]:
-    """(I - lower)^-1 applied to both."""
-    both = jnp.matmul(_inverse(lower), jnp.concatenate([p, by_s], axis=-1), precision="highest")
+def _apply(solve: Array, p: Array, by_s: Array) -> tuple[Array, Array]:
+    """A matrix times two others."""
+    both = jnp.matmul(solve, jnp.concatenate([p, by_s], axis=-1), precision="highest")
     return both[..., : p.shape[-1]], both[..., p.shape[-1] :]
 
 
