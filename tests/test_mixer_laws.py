@@ -2,8 +2,8 @@
 
 What a law compares is run through few programs of equal shapes, since compiling them is what takes the time: a document
 "alone" is a row of the full length whose rest is noise, which may not matter (causality, bit for bit, is a law too).
-A mixer that breaks a law by construction names it, with the reason, in its `exceptions`. The first example of each mixer
-obeys every law in the default run; the gradients and the bfloat16 of the others are marked slow.
+A mixer that breaks a law by construction names it, with the reason, in its `exceptions`. The first example of each
+mixer obeys every law in the default run; the gradients and the bfloat16 of the others are marked slow.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ def test_a_mesh_changes_no_value(name):
 
 @every_mixer_thoroughly
 def test_under_vmap_and_jit(name):
-    x = inputs()
-    mapped = jax.jit(jax.vmap(lambda row: apply(name, params_of(name), row[None], count()[:1], None, None)[0][0]))(x)
+    x, params = inputs(), params_of(name)
+    mapped = jax.jit(jax.vmap(lambda row: apply(name, params, row[None], count()[:1], None, None)[0][0]))(x)
     close(mapped, run(name, x), "float32")
 
 
