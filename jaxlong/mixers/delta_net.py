@@ -138,10 +138,9 @@ class DeltaNet(nn.Module):
         return batch * (memory + (self.conv - 1) * (self._channels * itemsize + 4))
 
     def mixing_flops(self, length: int) -> float:
-        """Forward flops a token beyond 2 a parameter: products within a chunk, with its state, from state to state."""
+        """Forward flops a token beyond 2 a parameter: products within a chunk, and those with its state."""
         key, value, chunk = self.head_dim, self._value_dim, min(self.chunk, length)
-        within = chunk * (4 * key + 4 * (key + value) + 2 * chunk / 3)
-        return self.heads * (within + 2 * key * (key + 2 * value) + 2 * key * key * value / chunk)
+        return self.heads * (chunk * (6 * key + 4 * value + 2 * chunk / 3) + 6 * key * value)
 
     @classmethod
     def examples(cls) -> dict[str, DeltaNet]:

@@ -72,8 +72,14 @@ def decay_matrix(
 
 def cumulated(x: Float[Array, "*B C K"], *, reverse: bool = False) -> Float[Array, "*B C K"]:
     """Sums over the rows of a chunk up to each, itself included, or from each on; as a product of matrices."""
-    ones = jnp.ones((x.shape[-2], x.shape[-2]), x.dtype)
-    return jnp.matmul(jnp.triu(ones) if reverse else jnp.tril(ones), x, precision="highest")
+    ones = jnp.ones((x.shape[-2], x.shape[-2]), bool)
+    return summed(jnp.triu(ones) if reverse else jnp.tril(ones), x)
+
+
+def summed(rows: Bool[Array, "*#B C C"], x: Float[Array, "*B C K"]) -> Float[Array, "*B C K"]:
+    """Row i of the result is the sum of the rows j of x with rows_ij."""
+    weights = jnp.broadcast_to(rows, (*x.shape[:-1], x.shape[-2])).astype(x.dtype)  # one a matrix: x is not transposed
+    return jnp.matmul(weights, x, precision="highest")
 
 
 def power_of_two(length: int) -> int:
@@ -93,7 +99,7 @@ def _masked_scores(q: Array, k: Array, log_decay: Array, pairs: Array) -> Array:
     pad = [(0, 0)] * (q.ndim - 2) + [(0, power_of_two(length) - length), (0, 0)]
     q, k, log_decay = (jnp.pad(x, pad) for x in (q, k, log_decay))
     blocks = lambda x, rows: x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
-    scores = jnp.sum(q * k, axis=-1)[..., None, None]
+    scores = jnp.einsum("...c,...c->...", q, k)[..., None, None]
     until, after = blocks(log_decay, 1), blocks(jnp.zeros_like(log_decay), 1)  # sums in a block to and from a row
     rows = 1
     while rows < q.shape[-2]:
@@ -114,12 +120,16 @@ def _scores_forward(q: Array, k: Array, log_decay: Array, pairs: Array) -> tuple
 
 
 def _scores_backward(saved: tuple[Array, ...], d_scores: Array) -> tuple[Array, Array, Array, None]:
-    """A decay acts on later q and on earlier k, so its gradient sums q dq - k dk over its document, from its row on."""
+    """A decay acts on later q and on earlier k, so its gradient sums q dq - k dk over its document, from its row on.
+
+    The diagonal, on which no decay acts, would only add rounding errors to that difference.
+    """
     q, k, log_decay, pairs = saved
     _, pull = jax.vjp(lambda q, k: _masked_scores(q, k, log_decay, pairs), q, k)
-    dq, dk = pull(d_scores)
-    onward = jnp.swapaxes(pairs, -1, -2).astype(q.dtype)
-    return dq, dk, jnp.matmul(onward, q * dq - k * dk, precision="highest"), None
+    dq, dk = pull(jnp.tril(d_scores, -1))
+    d_decay = summed(jnp.swapaxes(pairs, -1, -2), q * dq - k * dk)
+    own = jnp.diagonal(d_scores, axis1=-2, axis2=-1)[..., None]
+    return dq + own * k, dk + own * q, d_decay, None
 
 
 _scores = jax.custom_vjp(_masked_scores)

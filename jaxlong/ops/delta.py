@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from jaxlong.ops.chunks import corner, cumulated, decay_matrix, gated_scores, join, power_of_two, split
 
-GROUP = 16
+GROUP = 8
 """Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""
 
 
@@ -75,13 +75,19 @@ def generalized_delta_rule(
 
 
 class _Chunks(NamedTuple):
-    """What chunks do to the state S at their entry: o = out + read S, and S becomes keep S + mix S + add."""
+    """What chunks do with the state S at their entry.
 
-    out: Array  # [... C V]
+    P = p + by_s S;   o = out + read S + seen P;   S becomes keep S + add + write P
+    """
+
+    p: Array  # [... C V]
+    by_s: Array  # [... C K]
+    seen: Array  # [... C C]
     read: Array  # [... C K]
+    write: Array  # [... K C]
     keep: Array  # [... K 1] or [... 1 1]
-    mix: Array  # [... K K]
-    add: Array  # [... K V]
+    out: Array | float = 0.0  # [... C V]
+    add: Array | None = None  # [... K V]
 
 
 class _Documents(NamedTuple):
@@ -124,8 +130,9 @@ def _run(
     def group(s: Array, tokens_and_resets: tuple) -> tuple[Array, Array]:
         tokens, resets = jax.tree.map(lambda x: split(x, chunk), tokens_and_resets)
         chunks = local(*(jnp.swapaxes(x, 2, 3) for x in tokens), _documents(resets, chunk))
-        s, entry = jax.lax.scan(_advance, s, (chunks.keep, chunks.mix, chunks.add))
-        o = chunks.out + chunks.read @ entry
+        parts = (chunks.p, chunks.by_s, chunks.write, chunks.keep, chunks.add)
+        s, (entry, p) = jax.lax.scan(_advance, s, parts)
+        o = chunks.out + chunks.read @ entry + chunks.seen @ p
         return s, join(jnp.swapaxes(o, 2, 3), o.shape[0] * chunk)
 
     chunk = min(chunk, length)
@@ -135,9 +142,12 @@ def _run(
     return join(o, length).astype(v.dtype), s
 
 
-def _advance(s: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    keep, mix, add = chunk
-    return keep * s + jnp.matmul(mix, s, precision="highest") + add, s
+def _advance(s: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+    """The state after a chunk; the state before it, and what the chunk wrote."""
+    p, by_s, write, keep, add = chunk
+    p = p + by_s @ s
+    after = keep * s + write @ p
+    return after if add is None else after + add, (s, p)
 
 
 def _delta_step(q: Array, k: Array, v: Array, decay: Array, beta: Array, s: Array) -> tuple[Array, Array]:
@@ -161,9 +171,8 @@ def _delta_chunks(q: Array, k: Array, v: Array, decay: Array, beta: Array, docs:
         seen, met = (jnp.einsum("...ic,...jc->...ij", x, k) * fade for x in (q, k))
     else:
         seen, met = (gated_scores(x, k, decay, docs.pairs) for x in (q, k))
-    p, by_s = _solve(-beta * jnp.tril(met, -1), beta * v, -beta * k * enter)
-    write = jnp.swapaxes(k * leave, -1, -2)
-    return _Chunks(seen @ p, q * enter + seen @ by_s, keep, write @ by_s, write @ p)
+    solve = _inverse(-beta * jnp.tril(met, -1)) * jnp.swapaxes(beta, -1, -2)
+    return _Chunks(*_apply(solve, v, -k * enter), seen, q * enter, jnp.swapaxes(k * leave, -1, -2), keep)
 
 
 def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b: Array, docs: _Documents) -> _Chunks:
@@ -173,10 +182,9 @@ def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b:
     scores = lambda q, k: gated_scores(q, k, decay, docs.pairs)
     seen_b, seen_k = scores(r, b), scores(r, k)
     met_b, met_k = (jnp.where(docs.pairs, _down(scores(_up(a), x)), 0) for x in (b, k))
-    p, by_s = _solve(met_b, met_k @ v, a * before)
+    p, by_s = _apply(_inverse(met_b), met_k @ v, a * before)
     write_b, write_k = (jnp.swapaxes(x * leave, -1, -2) for x in (b, k))
-    out, add = seen_b @ p + seen_k @ v, write_b @ p + write_k @ v
-    return _Chunks(out, r * enter + seen_b @ by_s, keep, write_b @ by_s, add)
+    return _Chunks(p, by_s, seen_b, r * enter, write_b, keep, out=seen_k @ v, add=write_k @ v)
 
 
 def _gates(decay: Array, docs: _Documents) -> tuple[Array, Array, Array]:
@@ -197,9 +205,9 @@ def _up(x: Array) -> Array:
     return jnp.pad(x[..., 1:, :], [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)])
 
 
-def _solve(lower: Array, p: Array, by_s: Array) -> tuple[Array, Array]:
-    """(I - lower)^-1 applied to both."""
-    both = jnp.matmul(_inverse(lower), jnp.concatenate([p, by_s], axis=-1), precision="highest")
+def _apply(solve: Array, p: Array, by_s: Array) -> tuple[Array, Array]:
+    """A matrix times two others."""
+    both = jnp.matmul(solve, jnp.concatenate([p, by_s], axis=-1), precision="highest")
     return both[..., : p.shape[-1]], both[..., p.shape[-1] :]
 
 

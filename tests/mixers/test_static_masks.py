@@ -85,7 +85,7 @@ def places(length, batch):
 
 def softmax_attention(params, x, seen, weights):
     """y of one document [T D] under a matrix [H T T], and the gradient of sum(y weights) in x; float64."""
-    (heads, _, size), kept = params["wo"].shape, params["wk"].shape[1]
+    (heads, size, _), kept = params["wo"].shape, params["wk"].shape[1]
     y, d_x = np.zeros_like(x), np.zeros_like(x)
     for h in range(heads):
         wq, wk, wv = params["wq"][:, h], params["wk"][:, h * kept // heads], params["wv"][:, h * kept // heads]
