@@ -21,4 +21,4 @@ MODEL = LM(
 
 
 def config() -> Experiment:
-    return published(MODEL, length=16384, batch=32, mesh="fsdp=-1", peak=4e-4)
+    return published(MODEL, length=16384, batch=32, mesh="fsdp=32,seq=-1", peak=4e-4)

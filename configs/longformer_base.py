@@ -7,14 +7,14 @@ masked one has `direction="both"`.
 from configs.published import published
 from jaxlong.config import Experiment
 from jaxlong.layers.mlp import Gelu
-from jaxlong.mixers import Longformer
+from jaxlong.mixers import LongformerAttention
 from jaxlong.model import LM
 
 MODEL = LM(
     vocab=50265,
     width=768,
     depth=12,
-    pattern=(Longformer(heads=12, kv_heads=12, head_dim=64, window=512, bias=True),),
+    pattern=(LongformerAttention(heads=12, kv_heads=12, head_dim=64, window=512, bias=True),),
     mlp=Gelu(hidden=3072),
     tied=True,
     remat="full",

@@ -22,4 +22,4 @@ MODEL = LM(
 
 
 def config() -> Experiment:
-    return published(MODEL, length=32768, batch=16, mesh="fsdp=-1", peak=6e-4)
+    return published(MODEL, length=32768, batch=16, mesh="fsdp=16,seq=-1", peak=6e-4)

@@ -5,8 +5,8 @@ python -m experiments.pretrain --config=configs/small_longformer.py --workdir=ru
 
 from configs.small import small
 from jaxlong.config import Experiment
-from jaxlong.mixers import Longformer
+from jaxlong.mixers import LongformerAttention
 
 
 def config() -> Experiment:
-    return small(Longformer(heads=2, kv_heads=1, head_dim=32, window=32, n_global=1))
+    return small(LongformerAttention(heads=2, kv_heads=1, head_dim=32, window=32, n_global=1))

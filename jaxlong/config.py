@@ -83,7 +83,9 @@ class Experiment:
 
 
 def _by_class_name(*classes: type) -> dict[str, type]:
-    return {cls.__name__: cls for cls in classes}
+    named = {cls.__name__: cls for cls in classes}
+    assert len(named) == len(set(classes)), "two classes of one name"
+    return named
 
 
 REGISTRY: Mapping[str, type] = _by_class_name(

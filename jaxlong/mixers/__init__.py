@@ -12,7 +12,7 @@ from jaxlong.mixers.infini import InfiniAttention
 from jaxlong.mixers.kda import KDA
 from jaxlong.mixers.linear_attention import LinearAttention
 from jaxlong.mixers.log_linear import LogLinear
-from jaxlong.mixers.longformer import Longformer
+from jaxlong.mixers.longformer import LongformerAttention
 from jaxlong.mixers.longnet import LongNet
 from jaxlong.mixers.mamba import Mamba
 from jaxlong.mixers.mamba2 import Mamba2
@@ -31,7 +31,7 @@ from jaxlong.mixers.ttt import TTTMLP, TTTLinear
 MIXERS = {
     "gqa": GQA,
     "mla": MLA,
-    "longformer": Longformer,
+    "longformer": LongformerAttention,
     "longnet": LongNet,
     "nsa": NSA,
     "moba": MoBA,
@@ -78,7 +78,7 @@ __all__ = [
     "LinearAttention",
     "LogLinear",
     "LongNet",
-    "Longformer",
+    "LongformerAttention",
     "Mamba",
     "Mamba2",
     "Mamba3",

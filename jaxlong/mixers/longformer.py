@@ -44,7 +44,7 @@ class GlobalTokens(NamedTuple):
         return jnp.broadcast_to(jnp.arange(self.k.shape[1], dtype=jnp.int32), (batch, self.k.shape[1]))
 
 
-class Longformer(nn.Module):
+class LongformerAttention(nn.Module):
     """Sliding-window attention in which the first tokens of a document see all and are seen by all.
 
         o_i = softmax over j in window(i) or j < n_global of q_i k_j / sqrt(C), times v_j        i >= n_global
@@ -195,7 +195,7 @@ class Longformer(nn.Module):
         return 4 * self.heads * self.head_dim * min(window + self.n_global, (length + 1) / 2)
 
     @classmethod
-    def examples(cls) -> dict[str, Longformer]:
+    def examples(cls) -> dict[str, LongformerAttention]:
         """Small causal settings that cover the fields; the laws and the benchmark run on each."""
         small = cls(heads=4, kv_heads=2, head_dim=6, window=3, n_global=2)
         return {"causal": small, "biased": small.clone(kv_heads=4, window=4, n_global=1, bias=True, position=NoPE())}

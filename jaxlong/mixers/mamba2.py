@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -40,7 +39,7 @@ class Mamba2(nn.Module):
 
     Fields:
         head_dim: P.    state_dim: N.    groups: G, of the maps B and C and of the norm.
-        conv: W, width of the convolution.    step_limit: least and largest dt.
+        conv: W, width of the convolution.    step_limit: least and largest dt; None has no limits.
         chunk: tokens a chunk; the result does not depend on it.
     """
 
@@ -49,14 +48,14 @@ class Mamba2(nn.Module):
     state_dim: int = 128
     groups: int = 1
     conv: int = 4
-    step_limit: tuple[float, float] = (0.0, math.inf)
+    step_limit: tuple[float, float] | None = None
     chunk: int = 64
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "state_dim", "groups", "chunk")
         require(self, 2, "conv")
         require_divides(self, "groups", "heads")
-        if not 0 <= self.step_limit[0] < self.step_limit[1]:
+        if self.step_limit is not None and not 0 <= self.step_limit[0] < self.step_limit[1]:
             raise BadInput("step_limit", self.step_limit, "is no range of step sizes", "0 <= least < largest")
         super().__post_init__()
 
@@ -80,7 +79,9 @@ class Mamba2(nn.Module):
 
         step = x @ projection(self, "w_step", (x.shape[-1], self.heads), ("embed", "heads"), inputs=1, dtype=x.dtype)
         step = step.astype(jnp.float32) + vector(self, "step_bias", (self.heads,), ("heads",), step_bias)
-        step = jnp.clip(jax.nn.softplus(step), *self.step_limit)
+        step = jax.nn.softplus(step)
+        if self.step_limit is not None:
+            step = jnp.clip(step, *self.step_limit)
         rate = -jnp.exp(vector(self, "a_log", (self.heads,), ("heads",), _log_of_one_to_sixteen))
         o, s = linear_attention(c, b, step[..., None] * u, step * rate, s0=s0, resets=resets, chunk=self.chunk)
         o += vector(self, "d", (self.heads,), ("heads",), nn.initializers.ones)[:, None] * u

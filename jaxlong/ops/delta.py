@@ -142,7 +142,7 @@ def _run(
     return join(o, length).astype(v.dtype), s
 
 
-def _advance(s: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+def _advance(s: Array, chunk: tuple[Array | None, ...]) -> tuple[Array, tuple[Array, Array]]:
     """The state after a chunk; the state before it, and what the chunk wrote."""
     p, by_s, write, keep, add = chunk
     p = p + by_s @ s

@@ -15,12 +15,12 @@ from flax import linen as nn
 from jaxlong.core.mask import sliding
 from jaxlong.core.position import NoPE
 from jaxlong.core.types import BadInput
-from jaxlong.mixers import GQA, Longformer
+from jaxlong.mixers import GQA, LongformerAttention
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "longformer.npz")
-SMALL = Longformer(heads=4, kv_heads=2, head_dim=4, window=3, n_global=2, position=NoPE())
+SMALL = LongformerAttention(heads=4, kv_heads=2, head_dim=4, window=3, n_global=2, position=NoPE())
 
 
 def close(got, want, tolerance=1e-5):
@@ -39,7 +39,7 @@ def test_equals_transformers(name, packed):
     heads, window, n_global = map(int, data["sizes"])
     batch, length, width = data["x"].shape
     size = width // heads
-    mixer = Longformer(heads, heads, size, window, n_global, direction="both", bias=True, position=NoPE())
+    mixer = LongformerAttention(heads, heads, size, window, n_global, direction="both", bias=True, position=NoPE())
     shapes = {"w": (width, heads, size), "b": (heads, size)}
     shape_of = lambda key: (heads, size, width) if key == "wo" else shapes[key[0]]
     names = [key for key in data if key[0] in "wb" and key != "weights"]
@@ -96,7 +96,7 @@ def test_causal_form_equals_the_loop(fields):
 
 @pytest.mark.parametrize("direction", ["causal", "both"])
 def test_without_global_tokens_it_is_a_window(direction):
-    mixer = Longformer(4, 2, 4, window=4, n_global=0, direction=direction)
+    mixer = LongformerAttention(4, 2, 4, window=4, n_global=0, direction=direction)
     x, positions = jax.random.normal(jax.random.key(0), (2, 9, 8)), places(9, 2)
     params = jax.jit(mixer.init)(jax.random.key(1), x, positions=positions)
     window = GQA(4, 2, 4, mask=sliding(4) if direction == "causal" else sliding(3, 2))
