@@ -20,9 +20,9 @@ _HOME = {
     "jaxlong.ops.scan": "linear_attention linear_scan selective_scan",
     "jaxlong.ops.select": "Selection attend_selected straight_through_top_k top_k",
     "jaxlong.mixers": (
-        "MIXERS GQA MLA LongformerAttention LongNet NSA MoBA DSA Routing Hierarchical InfiniAttention LinearAttention "
-        "GLA LogLinear DeltaNet GatedDeltaNet KDA Mamba Mamba2 Mamba3 RWKV4 RWKV6 RWKV7 RWKVChannelMix TTTLinear TTTMLP "
-        "InPlaceTTT ShortConv"
+        "MIXERS GQA MLA LongformerAttention LongNet NSA MoBA DSA Routing Hierarchical InfiniAttention "
+        "LinearAttention GLA LogLinear DeltaNet GatedDeltaNet KDA Mamba Mamba2 Mamba3 RWKV4 RWKV6 RWKV7 "
+        "RWKVChannelMix TTTLinear TTTMLP InPlaceTTT ShortConv"
     ),
     "jaxlong.layers.mlp": "SwiGLU Gelu",
     "jaxlong.layers.moe": "MoE",

@@ -31,7 +31,7 @@ TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(MODEL, jax.random.key(0))
+    return jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
 
 
 def logits(model, params, tokens=TOKENS, **sequence):
@@ -95,16 +95,19 @@ def test_state_bytes_add_up():
     assert nbytes(state) == 2 * sum(mixer.state_bytes(3, 100, **sizes) for mixer in MODEL.pattern)
 
 
+@pytest.fixture(scope="module")
+def plain_gradients(params):
+    return gradients(MODEL, params)
+
+
 @pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
-def test_remat_changes_no_value(remat, params):
-    close(gradients(MODEL.clone(remat=remat), params), gradients(MODEL, params))
+def test_remat_changes_no_value(remat, params, plain_gradients):
+    close(gradients(MODEL.clone(remat=remat), params), plain_gradients)
 
 
-@pytest.mark.parametrize("block", [5, 12, 64])
-def test_blockwise_feed_forward_changes_no_value(block, params):
-    blocked = MODEL.clone(mlp_block=block)
-    close(logits(blocked, params), logits(MODEL, params))
-    close(gradients(blocked, params), gradients(MODEL, params))
+@pytest.mark.parametrize("block", [5, 64])
+def test_blockwise_feed_forward_changes_no_value(block, params, plain_gradients):
+    close(gradients(MODEL.clone(mlp_block=block), params), plain_gradients)
 
 
 def test_blocks_and_scan_equal_a_loop_over_layers(params):
