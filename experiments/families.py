@@ -53,7 +53,9 @@ def measure(name: str, experiment, folder: Path) -> dict:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["nll"] for line in lines if "nll" in line}
     last = [losses[step] for step in sorted(losses)[-LAST:]]
-    mixers = dict.fromkeys(type(part).__name__ for block in experiment.model.blocks for part in block)
+    mixers = dict.fromkeys(
+        type(part).__name__ for block in experiment.model.blocks for part in block if part is not None
+    )
     return {
         "config": name,
         "layers": ", ".join(mixers),
