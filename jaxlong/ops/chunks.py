@@ -28,19 +28,6 @@ def join(x: Array, length: int) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def decayed_scores(
-    q: Float[Array, "*B C K"], k: Float[Array, "*B C K"], b: Float[Array, "*B C K"]
-) -> Float[Array, "*B C C"]:
-    """A_ij = sum_c q_ic k_jc exp(b_ic - b_jc) for j <= i, and 0 above the diagonal, for decays of any strength.
-
-    Differences of large sums lose digits; where the decays themselves are at hand, `gated_scores` is exact.
-
-    Args:
-        b: cumulated log decays, finite and non-increasing along C.
-    """
-    return gated_scores(q, k, jnp.diff(b, axis=-2, prepend=b[..., :1, :]))
-
-
 def gated_scores(
     q: Float[Array, "*B C K"],
     k: Float[Array, "*B C K"],
@@ -128,7 +115,7 @@ def _scores_backward(saved: tuple[Array, ...], d_scores: Array) -> tuple[Array, 
     _, pull = jax.vjp(lambda q, k: _masked_scores(q, k, log_decay, pairs), q, k)
     dq, dk = pull(jnp.tril(d_scores, -1))
     d_decay = summed(jnp.swapaxes(pairs, -1, -2), q * dq - k * dk)
-    own = jnp.diagonal(d_scores, axis1=-2, axis2=-1)[..., None]
+    own = jnp.diagonal(jnp.where(pairs, d_scores, 0), axis1=-2, axis2=-1)[..., None]
     return dq + own * k, dk + own * q, d_decay, None
 
 

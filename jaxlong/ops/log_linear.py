@@ -116,6 +116,10 @@ class _Chunk(NamedTuple):
 
 def _step(grid: _Grid, carry: Recurrent, x: _Chunk) -> tuple[Recurrent, Float[Array, "B t H V"]]:
     b = jnp.cumsum(x.log_decay, axis=1)
+    # What passed before a document moves all its sums alike: only its own decays have a gradient.
+    same = jnp.tril(x.segment_ids[:, :, None] == x.segment_ids[:, None, :])
+    own = jnp.einsum("bij,bjh->bih", same.astype(b.dtype), x.log_decay, precision="highest")
+    b = own + jax.lax.stop_gradient(b - own)
     level = _bits(x.positions[:, :, None] ^ x.positions[:, None, :])
     chosen = _chosen(grid, x, level)
     out = _inside(grid, x, b, chosen) + _from_pieces(grid, carry, x, b, level, chosen)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxlong.ops.chunks import decayed_scores, join, split
+from jaxlong.ops.chunks import gated_scores, join, split
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -141,11 +141,12 @@ def _channel_step(s: Array, q: Array, k: Array, v: Array, g: Array, documents: _
     rest = jnp.einsum("ji,bhjk->bhik", jnp.tril(lower, -1), g, precision=HIGHEST)
     leave = k * jnp.where(documents.last[:, None, :, None], jnp.exp(rest), 0.0)
     keep = jnp.where(documents.old[:, None, -1:, None], jnp.exp(total[:, :, -1:]), 0.0)
-    if before:
-        scores, total = _shift(decayed_scores(_shift(q, -2, -1), k, total), -2, 1), _shift(total, -2, 1)
+    pairs = documents.pairs[:, None]
+    if before:  # row i holds the query of row i + 1, so that the decay of its own row does not act on it
+        above = gated_scores(_shift(q, -2, -1), k, g, jnp.tril(_shift(pairs, -2, -1)))
+        scores, total = _shift(above, -2, 1), _shift(total, -2, 1)
     else:
-        scores = decayed_scores(q, k, total)
-    scores = jnp.where(documents.pairs[:, None], scores, 0.0)
+        scores = gated_scores(q, k, g, pairs)
     enter = q * jnp.where(documents.old[:, None, :, None], jnp.exp(total), 0.0)
     o = jnp.einsum("bhij,bhjv->bhiv", scores, v) + jnp.einsum("bhik,bhkv->bhiv", enter, s)
     return keep.swapaxes(-1, -2) * s + jnp.einsum("bhjk,bhjv->bhkv", leave, v), o
