@@ -199,9 +199,9 @@ def test_state_bytes_equal_the_formula(name, max_len, max_chunk):
 @every_mixer
 def test_states_of_other_inputs_are_refused(name):
     """In one line that names the array: another batch, another type, another kind."""
-    mixer = CASES[name]
+    mixer, params = CASES[name], params_of(name)
     make = lambda batch, dtype: mixer.init_state(batch, LENGTH, width=WIDTH, max_chunk=3, dtype=dtype)
-    call = lambda state: jax.eval_shape(lambda s: apply(name, params_of(name), inputs(3), count(3), None, s), state)
+    call = lambda state: jax.eval_shape(lambda s: apply(name, params, inputs(3), count(3), None, s), state)
     call(make(BATCH, "float32"))
     wrong = {"batch": make(BATCH + 1, "float32"), "kind": (make(BATCH, "float32"), jnp.zeros(()))}
     if any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(make(1, "bfloat16"))):
