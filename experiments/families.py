@@ -83,19 +83,16 @@ def bigram(experiment) -> float:
 
 
 def write(rows: list[dict], out: Path) -> None:
-    from experiments.benchmarks.timing import environment
+    from experiments.benchmarks import timing
     from jaxlong.evals.report import markdown_table
 
-    out.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: row["loss"])
-    facts = environment()
-    (out / "families.json").write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
     cells = [
         [row["config"], row["layers"], f"{row['parameters']:,}", row["steps"], f"{row['loss']:.3f}"] for row in rows
     ]
     cells.append(["bigram", "counts of the same bytes", "65,536", rows[0]["steps"], f"{rows[0]['bigram']:.3f}"])
     table = markdown_table(["configuration", "layers", "parameters", "steps", "loss, nats a byte"], cells)
-    (out / "families.md").write_text(f"{', '.join(f'{k} {v}' for k, v in facts.items())}\n\n{table}")
+    timing.write(out, "families", {"rows": rows}, table)
     sys.stdout.write(table)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxlong.core.position import Rope
 from jaxlong.core.types import BadInput, State
 
 
@@ -126,6 +127,18 @@ def require_one_of(module: Any, name: str, *allowed: str) -> None:
     """Refuse a module whose field `name` is none of the allowed values."""
     if getattr(module, name) not in allowed:
         raise BadInput(name, getattr(module, name), "no such value", f"one of {', '.join(allowed)}")
+
+
+def require_conv(module: Any) -> None:
+    """Refuse a module whose field `conv` is neither 0, for none, nor the width of a convolution."""
+    if module.conv < 0 or module.conv == 1:
+        raise BadInput("conv", module.conv, "is no width of a convolution", "0 for none, or 2 or more")
+
+
+def require_rotation(position: Any, dim: int) -> None:
+    """Refuse a rotation that does not fit into heads of `dim`."""
+    if isinstance(position, Rope):
+        position.frequencies(dim)
 
 
 def require_divides(module: Any, part: str, whole: str) -> None:

@@ -21,9 +21,8 @@ from jaxlong.mixers.base import (
     to_heads,
     vector,
 )
-from jaxlong.mixers.scan_parts import entry, taps
+from jaxlong.mixers.scan_parts import convolve, entry
 from jaxlong.ops.delta import delta_rule
-from jaxlong.ops.short_conv import short_conv
 
 
 class DeltaNet(nn.Module):
@@ -96,15 +95,8 @@ class DeltaNet(nn.Module):
             to_heads(self, "wk", x, self._key_heads, self.head_dim, key_axis),
             to_heads(self, "wv", x, self.heads, self._value_dim),
         )
-        flat = jnp.concatenate([part.reshape(*x.shape[:2], -1) for part in parts], axis=-1)
-        kernel = vector(self, "conv", (self.conv, flat.shape[-1]), (None, None), taps)
-        flat, tail = short_conv(flat, kernel, segments, tail)
-        flat = jax.nn.silu(flat.astype(jnp.float32))
-        keys = self._key_heads * self.head_dim
-        parts = (
-            new.reshape(part.shape) for new, part in zip(jnp.split(flat, [keys, 2 * keys], -1), parts, strict=True)
-        )
-        q, k, v = parts
+        parts, tail = convolve(self, parts, segments, tail, width=self.conv, bias=False)
+        q, k, v = (jax.nn.silu(part.astype(jnp.float32)) for part in parts)
         share = lambda a: jnp.repeat(a, self.heads // self._key_heads, axis=2)
         return share(_unit(q) * self.head_dim**-0.5), share(_unit(k)), v, tail
 
@@ -161,8 +153,3 @@ def by_head(module: nn.Module, name: str, x: Float[Array, "B T D"], heads: int) 
 
 def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
-
-
-def log_rate(least: float) -> Any:
-    """Initial values log A, where A is uniform in [least, 16]: the decay of a head is exp(-A softplus(step))."""
-    return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, least, 16.0))

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from jaxlong.core.mask import sliding
 from jaxlong.core.position import NoPE, Rope, apply_rope
 from jaxlong.core.state import LatentCache
-from jaxlong.core.types import BadInput
+from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import projection, require, vector
 from jaxlong.mixers.mla import MLA, Keys
 from jaxlong.ops.indexer import Sight, float8, index_loss, select_by_index
@@ -78,7 +78,7 @@ class DSA(MLA):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: LatentCache | None = None,
+        state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         inner = self._query_input(x)
         q, latent = self._queries(x, inner, positions), self._latents(x, positions)

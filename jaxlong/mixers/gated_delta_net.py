@@ -8,8 +8,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxlong.mixers.base import to_heads, vector
-from jaxlong.mixers.delta_net import DeltaNet, by_head, log_rate
-from jaxlong.mixers.scan_parts import step_bias
+from jaxlong.mixers.delta_net import DeltaNet, by_head
+from jaxlong.mixers.scan_parts import log_rate, step_bias
 
 
 class GatedDeltaNet(DeltaNet):

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.state import ConvTail, Recurrent
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, projection, require, rms_norm, to_heads, vector
+from jaxlong.mixers.base import check_state, from_heads, projection, require, require_conv, rms_norm, to_heads, vector
 from jaxlong.mixers.scan_parts import convolve, entry, pack, unpack
 from jaxlong.ops.scan import linear_attention
 
@@ -49,8 +49,7 @@ class GLA(nn.Module):
             require(self, 1, "value_dim")
         if not self.temperature > 0:
             raise BadInput("temperature", self.temperature, "must be positive", "16 in the paper")
-        if self.conv < 0 or self.conv == 1:
-            raise BadInput("conv", self.conv, "is no width of a convolution", "0 for none, or 2 or more")
+        require_conv(self)
         super().__post_init__()
 
     @nn.compact

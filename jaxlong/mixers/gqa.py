@@ -12,11 +12,21 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask, causal, sliding
-from jaxlong.core.position import Alibi, NoPE, Rope, apply_rope
+from jaxlong.core.position import Alibi, NoPE, Rope
 from jaxlong.core.state import ConvTail, KVCache
-from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, projection, require, require_divides, rms_norm
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    require,
+    require_conv,
+    require_divides,
+    require_rotation,
+    rms_norm,
+    to_heads,
+    vector,
+)
 from jaxlong.ops.attend import Backend, attend
+from jaxlong.ops.rotate import rotate
 from jaxlong.ops.short_conv import short_conv
 
 
@@ -60,10 +70,8 @@ class GQA(nn.Module):
     def __post_init__(self):
         require(self, 1, "heads", "kv_heads", "head_dim")
         require_divides(self, "kv_heads", "heads")
-        if self.conv < 0 or self.conv == 1:
-            raise BadInput("conv", self.conv, "is no width of a convolution", "0 for none, or 2 or more")
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)  # refuses a rotary_dim that does not fit
+        require_conv(self)
+        require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
     @nn.compact
@@ -79,10 +87,7 @@ class GQA(nn.Module):
             check_state(self, state, x)
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
         q, k, v, tail = self._project(x, segments, state)
-        if isinstance(self.position, Rope):
-            rope = self.position
-            freqs = rope.frequencies(self.head_dim)
-            q, k = (apply_rope(a, positions, freqs, interleaved=rope.interleaved) for a in (q, k))
+        q, k = (rotate(self.position, a, positions) for a in (q, k))
 
         keys, cache = (k, v, positions, segment_ids), None
         if state is not None:
@@ -100,20 +105,12 @@ class GQA(nn.Module):
             alibi_slopes=self.position.slopes(self.heads) if isinstance(self.position, Alibi) else None,
             scale=self._scale(),
             soft_cap=self.soft_cap,
-            sinks=self._vector("sinks", (self.heads,), ("heads",), jnp.float32) if self.sinks else None,
+            sinks=vector(self, "sinks", (self.heads,), ("heads",)) if self.sinks else None,
             backend=self.backend,
         )
         if self.gate:
-            o *= jax.nn.sigmoid(jnp.einsum("btd,dhc->bthc", x, self._in("wg", x, self.heads)))
-        wo = projection(
-            self,
-            "wo",
-            (self.heads, self.head_dim, x.shape[-1]),
-            ("heads", "head_dim", "embed"),
-            inputs=2,
-            dtype=x.dtype,
-        )
-        y = jnp.einsum("bthc,hcd->btd", o, wo)
+            o *= jax.nn.sigmoid(to_heads(self, "wg", x, self.heads, self.head_dim))
+        y = from_heads(self, "wo", o, x.shape[-1])
         return y, cache if tail is None or state is None else (cache, tail)
 
     def _scale(self) -> float:
@@ -122,36 +119,23 @@ class GQA(nn.Module):
 
     def _project(self, x: Array, segments: Array, state: Any) -> tuple[Array, Array, Array, ConvTail | None]:
         """q [B T H C], k and v [B T K C] before the rotation, and the convolution's new tail."""
-        q = jnp.einsum("btd,dhc->bthc", x, self._in("wq", x, self.heads))
-        k = jnp.einsum("btd,dkc->btkc", x, self._in("wk", x, self.kv_heads))
-        v = jnp.einsum("btd,dkc->btkc", x, self._in("wv", x, self.kv_heads))
+        q = to_heads(self, "wq", x, self.heads, self.head_dim)
+        k, v = (to_heads(self, name, x, self.kv_heads, self.head_dim, "kv_heads") for name in ("wk", "wv"))
         if self.bias:
-            q += self._vector("bq", (self.heads, self.head_dim), ("heads", "head_dim"), x.dtype)
-            k += self._vector("bk", (self.kv_heads, self.head_dim), ("kv_heads", "head_dim"), x.dtype)
-            v += self._vector("bv", (self.kv_heads, self.head_dim), ("kv_heads", "head_dim"), x.dtype)
+            q += vector(self, "bq", q.shape[2:], ("heads", "head_dim")).astype(x.dtype)
+            k += vector(self, "bk", k.shape[2:], ("kv_heads", "head_dim")).astype(x.dtype)
+            v += vector(self, "bv", v.shape[2:], ("kv_heads", "head_dim")).astype(x.dtype)
         tail = None
         if self.conv:
             qk = jnp.concatenate([q, k], axis=2)
             flat = qk.reshape(*qk.shape[:2], -1)
-            kernel = self.param(
-                "conv",
-                nn.with_logical_partitioning(_identity_conv, (None, None)),
-                (self.conv, flat.shape[-1]),
-                jnp.float32,
-            )
+            kernel = vector(self, "conv", (self.conv, flat.shape[-1]), (None, None), _identity_conv)
             flat, tail = short_conv(flat, kernel, segments, None if state is None else state[1])
             q, k = jnp.split(flat.reshape(qk.shape), [self.heads], axis=2)
         if self.qk_norm:
-            q = rms_norm(q, self._vector("q_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones))
-            k = rms_norm(k, self._vector("k_norm", (self.head_dim,), ("head_dim",), jnp.float32, nn.initializers.ones))
+            q = rms_norm(q, vector(self, "q_norm", (self.head_dim,), ("head_dim",), nn.initializers.ones))
+            k = rms_norm(k, vector(self, "k_norm", (self.head_dim,), ("head_dim",), nn.initializers.ones))
         return q, k, v, tail
-
-    def _in(self, name: str, x: Array, heads: int) -> Array:
-        axes = ("embed", "kv_heads" if name in ("wk", "wv") else "heads", "head_dim")
-        return projection(self, name, (x.shape[-1], heads, self.head_dim), axes, inputs=1, dtype=x.dtype)
-
-    def _vector(self, name: str, shape: tuple, axes: tuple, dtype: Any, init: Any = nn.initializers.zeros) -> Array:
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32).astype(dtype)
 
     def init_state(self, batch: int, max_len: int, *, width: int, max_chunk: int, dtype: Any) -> Any:
         reach = self.mask.reach()

@@ -13,7 +13,7 @@ from jaxlong.core.mask import Mask, causal, dilated
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import EMPTY, KVCache
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, require, require_divides, to_heads, vector
+from jaxlong.mixers.base import check_state, from_heads, require, require_divides, require_rotation, to_heads, vector
 from jaxlong.ops.attend import Backend, attend_with_lse, merge
 from jaxlong.ops.rotate import rotate, softmax_scale
 from jaxlong.ops.summaries import Running, Units, summarize
@@ -63,8 +63,7 @@ class Hierarchical(nn.Module):
             raise BadInput(
                 "summaries", self.summaries, "as many as tokens", f"at most segment / 2 = {self.segment // 2}"
             )
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)
+        require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
     @property

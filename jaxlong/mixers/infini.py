@@ -13,12 +13,14 @@ from jaxtyping import Float, Int
 from jaxlong.core.mask import Mask, causal, dilated
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import KVCache, Recurrent
+from jaxlong.core.types import State
 from jaxlong.mixers.base import (
     check_state,
     from_heads,
     require,
     require_divides,
     require_one_of,
+    require_rotation,
     to_heads,
     vector,
 )
@@ -61,8 +63,7 @@ class InfiniAttention(nn.Module):
         require(self, 1, "heads", "kv_heads", "head_dim", "segment")
         require_divides(self, "kv_heads", "heads")
         require_one_of(self, "update", *UPDATES)
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)
+        require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
     @property
@@ -77,7 +78,7 @@ class InfiniAttention(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: tuple[KVCache, Recurrent] | None = None,
+        state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KVCache, Recurrent] | None]:
         if state is not None:
             check_state(self, state, x)

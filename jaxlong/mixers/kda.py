@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from jaxlong.core.types import BadInput
 from jaxlong.mixers.base import projection, require, vector
-from jaxlong.mixers.delta_net import DeltaNet, log_rate
-from jaxlong.mixers.scan_parts import step_bias
+from jaxlong.mixers.delta_net import DeltaNet
+from jaxlong.mixers.scan_parts import log_rate, step_bias
 
 
 class KDA(DeltaNet):

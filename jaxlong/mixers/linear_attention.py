@@ -14,7 +14,17 @@ from jaxtyping import Float, Int
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import ConvTail, Recurrent
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, require, require_one_of, rms_norm, to_heads, vector
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    require,
+    require_conv,
+    require_one_of,
+    require_rotation,
+    rms_norm,
+    to_heads,
+    vector,
+)
 from jaxlong.mixers.scan_parts import convolve, entry, pack, unpack
 from jaxlong.ops.rotate import rotate
 from jaxlong.ops.scan import linear_attention
@@ -73,12 +83,10 @@ class LinearAttention(nn.Module):
         require_one_of(self, "activation", "none", "silu")
         require_one_of(self, "norm", "none", "head", "all")
         require_one_of(self, "gate", *ACTIVATIONS)
-        if self.conv < 0 or self.conv == 1:
-            raise BadInput("conv", self.conv, "is no width of a convolution", "0 for none, or 2 or more")
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)  # refuses a rotary_dim that does not fit
-            if self.feature in POSITIVE:
-                raise BadInput("position", "Rope", f"turns {self.feature} features negative", "feature='identity'")
+        require_conv(self)
+        require_rotation(self.position, self.head_dim)
+        if isinstance(self.position, Rope) and self.feature in POSITIVE:
+            raise BadInput("position", "Rope", f"turns {self.feature} features negative", "feature='identity'")
         if isinstance(self.decay, str):
             require_one_of(self, "decay", "retnet", "lightning")
         elif self.decay is not None and (

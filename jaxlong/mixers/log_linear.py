@@ -12,8 +12,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.state import Recurrent
-from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, projection, require, to_heads, vector
+from jaxlong.core.types import BadInput, State
+from jaxlong.mixers.base import check_state, from_heads, projection, require, rms_norm, to_heads, vector
+from jaxlong.mixers.scan_parts import log_rate, step_bias
 from jaxlong.ops.log_linear import log_linear, slots_for
 
 
@@ -58,7 +59,7 @@ class LogLinear(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: Recurrent | None = None,
+        state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], Recurrent | None]:
         if state is not None:
             check_state(self, state, x)
@@ -77,14 +78,13 @@ class LogLinear(nn.Module):
             chunk=self.chunk,
             state=state,
         )
-        o = o * jax.lax.rsqrt(jnp.mean(o * o, axis=-1, keepdims=True) + 1e-6)
-        o *= vector(self, "norm", (self.value_dim,), ("head_dim",), nn.initializers.ones)
+        o = rms_norm(o, vector(self, "norm", (self.value_dim,), ("head_dim",), nn.initializers.ones))
         return from_heads(self, "wo", o.astype(x.dtype), x.shape[-1]), None if state is None else after
 
     def _log_decay(self, x: Array) -> Float[Array, "B T H"]:
         weight = projection(self, "wa", (x.shape[-1], self.heads), ("embed", "heads"), inputs=1, dtype=jnp.float32)
-        rate = vector(self, "rate", (self.heads,), ("heads",), _log_rates)
-        step = vector(self, "step", (self.heads,), ("heads",), _steps)
+        rate = vector(self, "rate", (self.heads,), ("heads",), log_rate(1.0))
+        step = vector(self, "step", (self.heads,), ("heads",), step_bias)
         return -jnp.exp(rate) * jax.nn.softplus(x.astype(jnp.float32) @ weight + step)
 
     def _scales(self, x: Array) -> Float[Array, "B T H L"]:
@@ -114,14 +114,3 @@ class LogLinear(nn.Module):
         """Small settings that cover the fields; the laws and the benchmark run on each."""
         small = cls(heads=2, key_dim=4, value_dim=6, levels=7, chunk=4)
         return {"all": small, "few": small.clone(heads=3, levels=3, chunk=2)}
-
-
-def _log_rates(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Logarithms of rates from 1 to 16 (as Mamba-2)."""
-    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
-
-
-def _steps(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """softplus gives steps from 0.001 to 0.1, evenly in logarithm (as Mamba-2)."""
-    step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(0.1)))
-    return step + jnp.log(-jnp.expm1(-step))

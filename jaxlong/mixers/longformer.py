@@ -12,8 +12,17 @@ from jaxtyping import Float, Int
 from jaxlong.core.mask import Mask, causal, longformer, sinks, sliding
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import EMPTY, KVCache
-from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, require, require_divides, require_one_of, to_heads, vector
+from jaxlong.core.types import BadInput, State
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    require,
+    require_divides,
+    require_one_of,
+    require_rotation,
+    to_heads,
+    vector,
+)
 from jaxlong.ops.attend import Backend, attend
 from jaxlong.ops.rotate import rotate, softmax_scale
 
@@ -82,8 +91,7 @@ class LongformerAttention(nn.Module):
         require_one_of(self, "direction", *DIRECTIONS)
         if self.direction == "both" and self.window % 2:
             raise BadInput("window", self.window, "both sides of a window see equally many", "even")
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)
+        require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
     @property
@@ -105,7 +113,7 @@ class LongformerAttention(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: tuple[KVCache, GlobalTokens] | None = None,
+        state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KVCache, GlobalTokens] | None]:
         if state is not None:
             check_state(self, state, x)

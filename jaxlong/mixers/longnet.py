@@ -12,8 +12,16 @@ from jaxtyping import Float, Int
 from jaxlong.core.mask import dilated
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import KVCache
-from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, require, require_divides, require_one_of, to_heads
+from jaxlong.core.types import BadInput, State
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    require,
+    require_divides,
+    require_one_of,
+    require_rotation,
+    to_heads,
+)
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.dilated import OFFSETS, WEIGHTS, gathered_branch, head_offsets, masked_branch, mix
 from jaxlong.ops.rotate import rotate, softmax_scale
@@ -58,8 +66,7 @@ class LongNet(nn.Module):
         require_one_of(self, "weights", *WEIGHTS)
         if 1 not in [dilated(*branch).rate for branch in self.branches]:
             raise BadInput("branches", self.branches, "some tokens are in none", "a rate of 1 in one of them")
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)
+        require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
     @nn.compact
@@ -69,7 +76,7 @@ class LongNet(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: KVCache | None = None,
+        state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         if state is not None:
             check_state(self, state, x)

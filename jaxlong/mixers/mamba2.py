@@ -22,7 +22,7 @@ from jaxlong.mixers.base import (
     to_heads,
     vector,
 )
-from jaxlong.mixers.scan_parts import convolve, entry, pack, step_bias, unpack
+from jaxlong.mixers.scan_parts import convolve, entry, log_rate, pack, step_bias, unpack
 from jaxlong.ops.scan import linear_attention
 
 
@@ -82,7 +82,7 @@ class Mamba2(nn.Module):
         step = jax.nn.softplus(step)
         if self.step_limit is not None:
             step = jnp.clip(step, *self.step_limit)
-        rate = -jnp.exp(vector(self, "a_log", (self.heads,), ("heads",), _log_of_one_to_sixteen))
+        rate = -jnp.exp(vector(self, "a_log", (self.heads,), ("heads",), log_rate(1.0)))
         o, s = linear_attention(c, b, step[..., None] * u, step * rate, s0=s0, resets=resets, chunk=self.chunk)
         o += vector(self, "d", (self.heads,), ("heads",), nn.initializers.ones)[:, None] * u
         y = from_heads(self, "wo", self._norm(o * jax.nn.silu(z.astype(jnp.float32))).astype(x.dtype), x.shape[-1])
@@ -123,7 +123,3 @@ class Mamba2(nn.Module):
             "mamba2": cls(heads=2, head_dim=6, state_dim=5, chunk=4),
             "groups": cls(heads=4, head_dim=4, state_dim=3, groups=2, conv=2, step_limit=(0.1, 0.9), chunk=8),
         }
-
-
-def _log_of_one_to_sixteen(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))

@@ -11,12 +11,13 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask, causal, sliding
-from jaxlong.core.position import NoPE, Rope, Yarn, apply_rope
+from jaxlong.core.position import NoPE, Rope, Yarn
 from jaxlong.core.state import LatentCache
-from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, projection, require, rms_norm, vector
+from jaxlong.core.types import BadInput, State
+from jaxlong.mixers.base import check_state, projection, require, require_rotation, rms_norm, vector
 from jaxlong.ops.attend import Backend, attend
 from jaxlong.ops.dense import precision
+from jaxlong.ops.rotate import rotate
 
 FORMS = ("auto", "expanded", "absorbed")
 
@@ -79,8 +80,7 @@ class MLA(nn.Module):
             raise BadInput("form", self.form, "no such form", f"one of {', '.join(FORMS)}")
         if not isinstance(self.position, Rope | NoPE):
             raise BadInput("position", repr(self.position), "keys of all heads share one rotation", "Rope or NoPE")
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.rope_dim)  # refuses dimensions that do not fit
+        require_rotation(self.position, self.rope_dim)
         super().__post_init__()
 
     @nn.compact
@@ -90,7 +90,7 @@ class MLA(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: LatentCache | None = None,
+        state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         q = self._queries(x, self._query_input(x), positions)
         latent = self._latents(x, positions)
@@ -112,21 +112,15 @@ class MLA(nn.Module):
         shape = (inner.shape[-1], self.heads, self.nope_dim + self.rope_dim)
         wq = projection(self, "wq", shape, (first, "heads", "head_dim"), inputs=1, dtype=x.dtype)
         q = jnp.einsum("btr,rhc->bthc", inner, wq)
-        return jnp.concatenate([q[..., : self.nope_dim], self._rotate(q[..., self.nope_dim :], positions)], -1)
+        return jnp.concatenate([q[..., : self.nope_dim], rotate(self.position, q[..., self.nope_dim :], positions)], -1)
 
     def _latents(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T R"]:
         """[norm(c) ; rot(r)], all that is kept of a token."""
         shape = (x.shape[-1], self.kv_rank + self.rope_dim)
         both = x @ projection(self, "wkv_a", shape, ("embed", None), inputs=1, dtype=x.dtype)
         c = rms_norm(both[..., : self.kv_rank], vector(self, "kv_norm", (self.kv_rank,), (None,), nn.initializers.ones))
-        r = self._rotate(both[..., None, self.kv_rank :], positions)[:, :, 0]
+        r = rotate(self.position, both[..., None, self.kv_rank :], positions)[:, :, 0]
         return jnp.concatenate([c, r], -1)
-
-    def _rotate(self, x: Float[Array, "B T H C"], positions: Int[Array, "B T"]) -> Float[Array, "B T H C"]:
-        if isinstance(self.position, NoPE):
-            return x
-        freqs = self.position.frequencies(self.rope_dim)
-        return apply_rope(x, positions, freqs, interleaved=self.position.interleaved)
 
     def _remember(
         self,
@@ -135,7 +129,7 @@ class MLA(nn.Module):
         index: Float[Array, "B T I"] | None,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
-        state: LatentCache | None,
+        state: State | None,
     ) -> tuple[Keys, LatentCache | None, Int[Array, "B T"] | None]:
         """The keys that x looks at, the new state, and the segments of the queries."""
         if state is None:

@@ -12,9 +12,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.mask import causal
-from jaxlong.core.position import NoPE, Rope, apply_rope
+from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import KVCache
-from jaxlong.mixers.base import check_state, projection, require, require_divides
+from jaxlong.core.types import State
+from jaxlong.mixers.base import check_state, from_heads, require, require_divides, require_rotation, to_heads
+from jaxlong.ops.rotate import rotate, softmax_scale
 from jaxlong.ops.select import Selection, attend_selected, map_queries, top_k
 from jaxlong.ops.spans import Summaries, read_windows, windows
 
@@ -55,8 +57,7 @@ class MoBA(nn.Module):
     def __post_init__(self):
         require(self, 1, "heads", "kv_heads", "head_dim", "block", "top_k")
         require_divides(self, "kv_heads", "heads")
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)  # refuses a rotary_dim that does not fit
+        require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
     @nn.compact
@@ -66,19 +67,13 @@ class MoBA(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: MoBAState | None = None,
+        state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], MoBAState | None]:
         (H, K, C), (T, D) = (self.heads, self.kv_heads, self.head_dim), x.shape[1:]
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
-        weight = lambda name, n, axis: projection(
-            self, name, (D, n, C), ("embed", axis, "head_dim"), inputs=1, dtype=x.dtype
-        )
-        q = jnp.einsum("btd,dhc->bthc", x, weight("wq", H, "heads"))
-        k = jnp.einsum("btd,dkc->btkc", x, weight("wk", K, "kv_heads"))
-        v = jnp.einsum("btd,dkc->btkc", x, weight("wv", K, "kv_heads"))
-        if isinstance(self.position, Rope):
-            freqs, interleaved = self.position.frequencies(C), self.position.interleaved
-            q, k = (apply_rope(a, positions, freqs, interleaved=interleaved) for a in (q, k))
+        q = rotate(self.position, to_heads(self, "wq", x, H, C), positions)
+        k = rotate(self.position, to_heads(self, "wk", x, K, C, "kv_heads"), positions)
+        v = to_heads(self, "wv", x, K, C, "kv_heads")
 
         if state is None:
             seen, cache = 0, KVCache(k, v, positions, segments, jnp.int32(T))
@@ -105,10 +100,9 @@ class MoBA(nn.Module):
             q_segments=segments,
             k_segments=cache.segment_ids,
             block=self.block,
-            scale=C**-0.5 * (self.position.softmax_scale if isinstance(self.position, Rope) else 1.0),
+            scale=softmax_scale(self.position, C),
         )
-        wo = projection(self, "wo", (H, C, D), ("heads", "head_dim", "embed"), inputs=2, dtype=x.dtype)
-        y = jnp.einsum("bthc,hcd->btd", o, wo)
+        y = from_heads(self, "wo", o, D)
         return y, None if state is None else MoBAState(cache, means)
 
     def _choose(

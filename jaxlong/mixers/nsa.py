@@ -12,11 +12,21 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.mask import causal, sliding
-from jaxlong.core.position import NoPE, Rope, apply_rope
+from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import ConvTail, KVCache
-from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, projection, require, require_divides, vector
+from jaxlong.core.types import BadInput, State
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    projection,
+    require,
+    require_divides,
+    require_rotation,
+    to_heads,
+    vector,
+)
 from jaxlong.ops.attend import Backend, attend, attend_with_lse
+from jaxlong.ops.rotate import rotate, softmax_scale
 from jaxlong.ops.select import Selection, attend_selected, map_queries, top_k
 from jaxlong.ops.spans import Summaries, Windows, read_windows, sum_by_blocks, windows
 
@@ -74,8 +84,7 @@ class NSA(nn.Module):
         require_divides(self, "kv_heads", "heads")
         if self.stride > self.compress:
             raise BadInput("stride", self.stride, "leaves tokens out of all windows", f"compress = {self.compress}")
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)  # refuses a rotary_dim that does not fit
+        require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
     @nn.compact
@@ -85,22 +94,21 @@ class NSA(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: NSAState | None = None,
+        state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], NSAState | None]:
         (H, K, C), D = (self.heads, self.kv_heads, self.head_dim), x.shape[-1]
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
         if state is not None:
             check_state(self, state, x)
-        wq = projection(self, "wq", (D, H, C), ("embed", "heads", "head_dim"), inputs=1, dtype=x.dtype)
         pair = lambda name: projection(
             self, name, (D, 3, K, C), ("embed", None, "kv_heads", "head_dim"), inputs=1, dtype=x.dtype
         )
-        q = self._rotate(jnp.einsum("btd,dhc->bthc", x, wq), positions)
+        q = rotate(self.position, to_heads(self, "wq", x, H, C), positions)
         k = jnp.moveaxis(jnp.einsum("btd,dnkc->btnkc", x, pair("wk")), 2, 0)
         v = jnp.moveaxis(jnp.einsum("btd,dnkc->btnkc", x, pair("wv")), 2, 0)
 
         compressed, pending, found = self._compress(k[0], v[0], positions, segments, state)
-        selected, local = (self._rotate(k[1], positions), v[1]), (self._rotate(k[2], positions), v[2])
+        selected, local = (rotate(self.position, k[1], positions), v[1]), (rotate(self.position, k[2], positions), v[2])
         if state is None:
             caches = [KVCache(*kv, positions, segments, jnp.int32(x.shape[1])) for kv in (selected, local)]
         else:
@@ -112,15 +120,8 @@ class NSA(nn.Module):
         wg = projection(self, "wg", (D, H, 3), ("embed", "heads", None), inputs=1, dtype=x.dtype)
         gates = jax.nn.sigmoid(jnp.einsum("btd,dhn->bthn", x, wg).astype(jnp.float32))
         o = jnp.einsum("bthcn,bthn->bthc", out.astype(jnp.float32), gates).astype(x.dtype)
-        wo = projection(self, "wo", (H, C, D), ("heads", "head_dim", "embed"), inputs=2, dtype=x.dtype)
-        y = jnp.einsum("bthc,hcd->btd", o, wo)
+        y = from_heads(self, "wo", o, D)
         return y, None if state is None else NSAState(*caches, compressed, pending)
-
-    def _rotate(self, x: Float[Array, "B T H C"], positions: Int[Array, "B T"]) -> Float[Array, "B T H C"]:
-        if isinstance(self.position, NoPE):
-            return x
-        freqs = self.position.frequencies(self.head_dim)
-        return apply_rope(x, positions, freqs, interleaved=self.position.interleaved)
 
     def _compress(
         self,
@@ -142,7 +143,7 @@ class NSA(nn.Module):
         tokens_of = read_windows(tokens, self.compress - 1 + found.ends, self.compress)
         tokens_of = tokens_of.reshape(*tokens_of.shape[:3], 2, K, C)
         start = jnp.maximum(jnp.take_along_axis(positions, found.ends, axis=1) + 1 - self.compress, 0)
-        keys = self._rotate(self._phi("k", tokens_of[:, :, :, 0]), start)
+        keys = rotate(self.position, self._phi("k", tokens_of[:, :, :, 0]), start)
         compressed = Summaries.of(found, segments, keys, self._phi("v", tokens_of[:, :, :, 1]))
         if state is not None:
             compressed = state.compressed.push(compressed)
@@ -172,7 +173,7 @@ class NSA(nn.Module):
         local: KVCache,
     ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H C"], Float[Array, "B T H C"]]:
         """The three branches."""
-        scale = self.head_dim**-0.5 * (self.position.softmax_scale if isinstance(self.position, Rope) else 1.0)
+        scale = softmax_scale(self.position, self.head_dim)
         coarse, lse = attend_with_lse(
             q,
             *(a.astype(q.dtype) for a in compressed.values),

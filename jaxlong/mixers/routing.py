@@ -13,11 +13,12 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxlong.core.mask import Mask, causal, sliding
-from jaxlong.core.position import NoPE, Rope, apply_rope
+from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import KVCache
-from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, projection, require, vector
+from jaxlong.core.types import BadInput, State
+from jaxlong.mixers.base import check_state, from_heads, require, require_rotation, to_heads, vector
 from jaxlong.ops.attend import Backend, attend, attend_with_lse
+from jaxlong.ops.rotate import rotate, softmax_scale
 from jaxlong.ops.select import Selection, attend_selected, map_queries, top_k
 
 _WHOLE = "without a state the members of a cluster are the best of the whole row"
@@ -91,8 +92,7 @@ class Routing(nn.Module):
             raise BadInput("local", self.local, "leaves no head to route", f"below heads = {self.heads}")
         if not 0 < self.rate <= 1:
             raise BadInput("rate", self.rate, "is no share of a moving average", "above 0, at most 1")
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)  # refuses a rotary_dim that does not fit
+        require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
     @nn.compact
@@ -102,17 +102,13 @@ class Routing(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-        state: RoutingState | None = None,
+        state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], RoutingState | None]:
         (H, C, L), D = (self.heads, self.head_dim, self.local), x.shape[-1]
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
         if state is not None:
             check_state(self, state, x)
-        project = lambda name, heads: jnp.einsum(
-            "btd,dhc->bthc",
-            x,
-            projection(self, name, (D, heads, C), ("embed", "heads", "head_dim"), inputs=1, dtype=x.dtype),
-        )
+        project = lambda name, heads: to_heads(self, name, x, heads, C)
         q, k, v = project("wq", H), project("wk", L if self.shared else H), project("wv", H)
         near, local = self._near(q[:, :, :L], k[:, :, :L], v[:, :, :L], positions, segments, state)
 
@@ -122,29 +118,19 @@ class Routing(nn.Module):
         scores = [_scores(a, centroids) for a in (units[:1] if self.shared else units)]
         if not self.is_initializing():
             self.sow("losses", "centroids", self._loss(units[: len(scores)], scores, centroids))
-        q, k = (self._rotate((a * C**0.5).astype(x.dtype), positions) for a in units)
+        q, k = (rotate(self.position, (a * C**0.5).astype(x.dtype), positions) for a in units)
         v = v[:, :, L:]
         if state is None:
             far, new = self._within_clusters(q, k, v, scores, positions, segments), None
         else:
             far, new = self._recent(q, k, v, scores, positions, segments, state)
         o = jnp.concatenate([near, far], axis=2)
-        wo = projection(self, "wo", (H, C, D), ("heads", "head_dim", "embed"), inputs=2, dtype=x.dtype)
-        y = jnp.einsum("bthc,hcd->btd", o, wo)
+        y = from_heads(self, "wo", o, D)
         return y, None if state is None else RoutingState(*new, local)
-
-    def _rotate(self, x: Float[Array, "B T H C"], positions: Int[Array, "B T"]) -> Float[Array, "B T H C"]:
-        if isinstance(self.position, NoPE):
-            return x
-        freqs = self.position.frequencies(self.head_dim)
-        return apply_rope(x, positions, freqs, interleaved=self.position.interleaved)
-
-    def _scale(self) -> float:
-        return self.head_dim**-0.5 * (self.position.softmax_scale if isinstance(self.position, Rope) else 1.0)
 
     def _near(self, q, k, v, positions, segments, state) -> tuple[Float[Array, "B T L C"], KVCache | None]:
         """The local heads."""
-        q, k = self._rotate(q, positions), self._rotate(k, positions)
+        q, k = rotate(self.position, q, positions), rotate(self.position, k, positions)
         cache = None if state is None else state.local.push(k, v, positions, segments)
         if cache is not None:
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
@@ -157,7 +143,7 @@ class Routing(nn.Module):
             k_positions=positions if cache is None else cache.positions,
             q_segments=segments,
             k_segments=segments if cache is None else cache.segment_ids,
-            scale=self._scale(),
+            scale=softmax_scale(self.position, self.head_dim),
         )
         return out, cache
 
@@ -188,7 +174,7 @@ class Routing(nn.Module):
             k_positions=of_row(positions, keys),
             q_segments=of_row(segments, queries),
             k_segments=of_row(segments, keys),
-            scale=self._scale(),
+            scale=softmax_scale(self.position, self.head_dim),
             backend=Backend(sequence="none"),  # members are no contiguous tokens
         )
         out = self._or_own(out, lse, of_heads(v, queries)).reshape(B, R, N, -1, C).astype(jnp.float32)
@@ -229,7 +215,7 @@ class Routing(nn.Module):
             k_positions=cache.positions,
             q_segments=segments,
             k_segments=cache.segment_ids,
-            scale=self._scale(),
+            scale=softmax_scale(self.position, self.head_dim),
         )
         return self._or_own(out, lse, v), (cache, clusters)
 

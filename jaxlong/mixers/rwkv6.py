@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.state import ConvTail, Recurrent
-from jaxlong.mixers.base import check_state, projection, require, vector
+from jaxlong.mixers.base import check_state, from_heads, require, to_heads, vector
 from jaxlong.mixers.rwkv_parts import by_channel, head_norm, low_rank, share, toward
 from jaxlong.ops.chunks import starts
 from jaxlong.ops.scan import linear_attention
@@ -67,18 +67,17 @@ class RWKV6(nn.Module):
         speed = vector(self, "w0", shape, axes, _decays)
         speed += low_rank(self, "w", x_w, (self.decay_rank, *shape), jnp.tanh, _small)
         o, s = linear_attention(
-            self._heads("wr", x_r).astype(jnp.float32),
-            self._heads("wk", x_k).astype(jnp.float32),
-            self._heads("wv", x_v).astype(jnp.float32),
+            to_heads(self, "wr", x_r, self.heads, self.head_dim).astype(jnp.float32),
+            to_heads(self, "wk", x_k, self.heads, self.head_dim).astype(jnp.float32),
+            to_heads(self, "wv", x_v, self.heads, self.head_dim).astype(jnp.float32),
             -jnp.exp(speed),
             bonus=vector(self, "bonus", shape, axes, _bonuses),
             s0=None if memory is None else memory.memory,
             resets=None if aligned else starts(segments, None if memory is None else memory.segment_ids),
             chunk=self.chunk,
         )
-        o = head_norm(self, o).astype(x.dtype) * jax.nn.silu(self._heads("wg", x_g))
-        wo = projection(self, "wo", (*shape, x.shape[-1]), (*axes, "embed"), inputs=2, dtype=x.dtype)
-        y = jnp.einsum("bthc,hcd->btd", o, wo)
+        o = head_norm(self, o).astype(x.dtype) * jax.nn.silu(to_heads(self, "wg", x_g, self.heads, self.head_dim))
+        y = from_heads(self, "wo", o, x.shape[-1])
         return y, None if state is None else (tail, Recurrent(s, segments[:, -1]))
 
     def _interpolate(self, x: Array, previous: Array) -> list[Array]:
@@ -92,11 +91,6 @@ class RWKV6(nn.Module):
         more = jnp.einsum("btnr,nrd->nbtd", hidden, up, preferred_element_type=jnp.float32)
         shares = [share(self, f"mu_{n}", width, power, 0.15 * (n == "v")) for n, power in powers.items()]
         return [toward(x, previous, mu + m) for mu, m in zip(shares, more, strict=True)]
-
-    def _heads(self, name: str, x: Array) -> Array:
-        shape = (x.shape[-1], self.heads, self.head_dim)
-        weight = projection(self, name, shape, ("embed", "heads", "head_dim"), inputs=1, dtype=x.dtype)
-        return jnp.einsum("btd,dhc->bthc", x, weight)
 
     def init_state(self, batch: int, max_len: int, *, width: int, max_chunk: int, dtype: Any) -> Any:
         memory = Recurrent.empty(batch, (self.heads, self.head_dim, self.head_dim))

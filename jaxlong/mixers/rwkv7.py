@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxlong.core.state import ConvTail, Recurrent
-from jaxlong.mixers.base import check_state, projection, require, vector
+from jaxlong.mixers.base import check_state, from_heads, require, to_heads, vector
 from jaxlong.mixers.rwkv_parts import by_channel, head_norm, low_rank, share, toward
 from jaxlong.ops.chunks import starts
 from jaxlong.ops.delta import generalized_delta_rule
@@ -106,9 +106,9 @@ class RWKV7(nn.Module):
         lerp = lambda name, power: toward(x, previous, share(self, f"mu_{name}", x.shape[-1], power))
         x_k, x_v = lerp("k", 0.35), lerp("v", 0.35)
 
-        r = self._heads("wr", lerp("r", 0.1)).astype(jnp.float32)
-        k = self._heads("wk", x_k).astype(jnp.float32)
-        v = self._heads("wv", x_v)
+        r = to_heads(self, "wr", lerp("r", 0.1), self.heads, self.head_dim).astype(jnp.float32)
+        k = to_heads(self, "wk", x_k, self.heads, self.head_dim).astype(jnp.float32)
+        v = to_heads(self, "wv", x_v, self.heads, self.head_dim)
         if self.value_residual:
             v, first = self._residual(x_v, v, first)
         v = v.astype(jnp.float32)
@@ -132,10 +132,7 @@ class RWKV7(nn.Module):
         gate_shape = (self.gate_rank, self.heads, self.head_dim)
         gate = low_rank(self, "g", lerp("g", 0.1), gate_shape, jax.nn.sigmoid)
         o = ((head_norm(self, o) + own * v) * gate).astype(x.dtype)
-        wo = projection(
-            self, "wo", (*o.shape[2:], x.shape[-1]), ("heads", "head_dim", "embed"), inputs=2, dtype=x.dtype
-        )
-        y = jnp.einsum("bthc,hcd->btd", o, wo)
+        y = from_heads(self, "wo", o, x.shape[-1])
         return y, None if state is None else (tail, Recurrent(s, segments[:, -1])), first
 
     def no_values(self, x: Float[Array, "B T D"]) -> FirstValues:
@@ -156,11 +153,6 @@ class RWKV7(nn.Module):
 
     def _channels(self, name: str, init: Any) -> Array:
         return vector(self, name, (self.heads, self.head_dim), ("heads", "head_dim"), init)
-
-    def _heads(self, name: str, x: Array) -> Array:
-        shape = (x.shape[-1], self.heads, self.head_dim)
-        weight = projection(self, name, shape, ("embed", "heads", "head_dim"), inputs=1, dtype=x.dtype)
-        return jnp.einsum("btd,dhc->bthc", x, weight)
 
     def init_state(self, batch: int, max_len: int, *, width: int, max_chunk: int, dtype: Any) -> Any:
         memory = Recurrent.empty(batch, (self.heads, self.head_dim, self.head_dim))

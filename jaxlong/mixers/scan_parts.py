@@ -40,12 +40,19 @@ def pack(memory: Recurrent, tail: ConvTail | None) -> Any:
 
 
 def convolve(
-    module: nn.Module, parts: tuple[Array, ...], segments: Int[Array, "B T"], tail: ConvTail | None, *, width: int
+    module: nn.Module,
+    parts: tuple[Array, ...],
+    segments: Int[Array, "B T"],
+    tail: ConvTail | None,
+    *,
+    width: int,
+    bias: bool = True,
 ) -> tuple[list[Array], ConvTail]:
-    """One causal convolution, with a bias, over the channels of all parts [B T ...]; the parts, and the new tail."""
+    """One causal convolution over the channels of all parts [B T ...]; the parts, and the new tail."""
     flat = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1)
     flat, tail = short_conv(flat, vector(module, "conv", (width, flat.shape[-1]), (None, None), taps), segments, tail)
-    flat += vector(module, "conv_bias", flat.shape[-1:], (None,)).astype(flat.dtype)
+    if bias:
+        flat += vector(module, "conv_bias", flat.shape[-1:], (None,)).astype(flat.dtype)
     ends, at = [], 0
     for part in parts[:-1]:
         at += math.prod(part.shape[2:])
@@ -61,3 +68,8 @@ def step_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Float[Array, ".
     """Biases whose softplus is log-uniform in [0.001, 0.1]: the first step sizes of the Mamba mixers."""
     step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
     return step + jnp.log(-jnp.expm1(-step))
+
+
+def log_rate(least: float) -> Any:
+    """Initial values log A, where A is uniform in [least, 16]: the decay of a head is exp(-A softplus(step))."""
+    return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, least, 16.0))

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxlong.core.position import NoPE, Rope, apply_rope
+from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import EMPTY, ConvTail, Recurrent
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, require, to_heads, vector
+from jaxlong.mixers.base import check_state, from_heads, require, require_conv, require_rotation, to_heads, vector
 from jaxlong.ops.chunks import starts
+from jaxlong.ops.rotate import rotate
 from jaxlong.ops.short_conv import short_conv
 from jaxlong.ops.ttt import FastWeights, Layer, layer_norm, ttt
 
@@ -53,12 +54,10 @@ class TTTLinear(nn.Module):
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "mini_batch")
-        if self.conv < 0 or self.conv == 1:
-            raise BadInput("conv", self.conv, "is no width of a convolution", "0 for none, or 2 or more")
+        require_conv(self)
         if not self.base_lr > 0:
             raise BadInput("base_lr", self.base_lr, "a memory that does not learn", "above 0")
-        if isinstance(self.position, Rope):
-            self.position.frequencies(self.head_dim)  # refuses a rotary_dim that does not fit
+        require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
     def _shapes(self) -> tuple[tuple[int, int], ...]:
@@ -99,9 +98,7 @@ class TTTLinear(nn.Module):
             q, k, tail = q.reshape(v.shape), k.reshape(v.shape), after
         else:
             k = project("wk")
-        if isinstance(self.position, Rope):
-            freqs = self.position.frequencies(self.head_dim)
-            q, k = (apply_rope(a, places, freqs, interleaved=self.position.interleaved) for a in (q, k))
+        q, k = (rotate(self.position, a, places) for a in (q, k))
         return q, k, v, tail
 
     def _convolve(self, name: str, x: Array, segments: Array, tail: ConvTail | None) -> tuple[Array, ConvTail]:
