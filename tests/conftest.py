@@ -1,6 +1,8 @@
 """Eight simulated CPU devices, and every jaxtyping annotation of the library executed."""
 
+import gc
 import os
+from pathlib import Path
 
 # Eight devices share the machine's cores: a collective may wait long for its last participant on a busy one.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -13,17 +15,31 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# What one worker, process or run of the tests has compiled, the others read: a bound on its size makes that safe
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "programs"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 install_import_hook(["jaxlong", "pallas_kernels"], "typecheck.checked")
+gc.set_threshold(100_000, 20, 50)  # traced programs are millions of objects that stay
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests that share compiled programs run in one worker: those of a file, and the laws of one mixer."""
+    """The first case of a `thorough` test is a quick one. Tests that share compiled programs run in one worker."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("thorough"):
+            function = (item.path, item.originalname)
+            if function in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(function)
     laws = [item for item in items if item.path.stem == "test_mixer_laws"]
     mixer = lambda item: item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
     for item in items:
@@ -34,16 +50,15 @@ def pytest_collection_modifyitems(items):
         items[place] = item
 
 
-@pytest.fixture(autouse=True)
-def forget_programs(request):
-    """Drops compiled programs where another group of tests begins: a process can hold only so many."""
-    group = next(request.node.iter_markers("xdist_group")).args[0]
-    if group != _group[0]:
+def pytest_runtest_teardown(item, nextitem):
+    """Drops compiled programs before they are too many: each takes a few of the memory maps that Linux grants."""
+    _tests.append(item.nodeid)
+    if len(_tests) % 16 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 12_000:
         jax.clear_caches()
-    _group[0] = group
+        gc.collect()
 
 
-_group = [""]
+_tests = []
 
 
 @pytest.fixture(scope="module")

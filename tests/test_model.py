@@ -100,11 +100,13 @@ def plain_gradients(params):
     return gradients(MODEL, params)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
 def test_remat_changes_no_value(remat, params, plain_gradients):
     close(gradients(MODEL.clone(remat=remat), params), plain_gradients)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("block", [5, 64])
 def test_blockwise_feed_forward_changes_no_value(block, params, plain_gradients):
     close(gradients(MODEL.clone(mlp_block=block), params), plain_gradients)

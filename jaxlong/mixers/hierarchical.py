@@ -201,4 +201,5 @@ class Hierarchical(nn.Module):
     def examples(cls) -> dict[str, Hierarchical]:
         """Small settings that cover the fields; the laws and the benchmark run on each."""
         small = cls(heads=4, kv_heads=2, head_dim=6, segment=2, summaries=1, levels=3)
-        return {"three": small, "two": small.clone(segment=4, summaries=2, levels=2, kv_heads=4, position=NoPE())}
+        two = small.clone(segment=4, summaries=2, levels=2, kv_heads=4, position=NoPE())
+        return {"two": two, "three": small}

@@ -39,12 +39,22 @@ def gated_scores(
     Splitting the decay at the chunk's first row, exp(b_i) exp(-b_j) with cumulated b, overflows once a chunk
     decays by e^-88. Here the rows are halved again and again: a pair that a cut separates is split there, and
     both factors are at most 1. That is one matrix product and one exp an element at each level, with sums that
-    start at the cut and so keep their digits. Calls with the same decays share all exps under jit.
+    start at the cut and so keep their digits.
 
     Args:
         log_decay: finite, at most 0.
         pairs: rows i and j <= i of one document; None is all j <= i.
     """
+    return all_scores(q[..., None, :, :], k[..., None, :, :], log_decay, pairs)[..., 0, 0, :, :]
+
+
+def all_scores(
+    q: Float[Array, "*B P C K"],
+    k: Float[Array, "*B R C K"],
+    log_decay: Float[Array, "*B C K"],
+    pairs: Bool[Array, "*#B C C"] | None = None,
+) -> Float[Array, "*B P R C C"]:
+    """`gated_scores` of P kinds of queries with R kinds of keys under the same decays, as larger matrix products."""
     pairs = jnp.tril(jnp.ones((q.shape[-2], q.shape[-2]), bool)) if pairs is None else pairs
     return _scores(q, k, log_decay, pairs)
 
@@ -83,23 +93,23 @@ def corner(first: Array, below: Array, second: Array) -> Array:
 def _masked_scores(q: Array, k: Array, log_decay: Array, pairs: Array) -> Array:
     """Blocks on the diagonal grow from one row to all, of which there is a power of two."""
     length = q.shape[-2]
-    pad = [(0, 0)] * (q.ndim - 2) + [(0, power_of_two(length) - length), (0, 0)]
-    q, k, log_decay = (jnp.pad(x, pad) for x in (q, k, log_decay))
+    pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, power_of_two(length) - length), (0, 0)])
+    q, k, log_decay = pad(q), pad(k), pad(log_decay)
     blocks = lambda x, rows: x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
-    scores = jnp.einsum("...c,...c->...", q, k)[..., None, None]
+    scores = jnp.einsum("...pic,...ric->...pri", q, k)[..., None, None]
     until, after = blocks(log_decay, 1), blocks(jnp.zeros_like(log_decay), 1)  # sums in a block to and from a row
     rows = 1
     while rows < q.shape[-2]:
         (until, late), (early, after) = ((x[..., 0::2, :, :], x[..., 1::2, :, :]) for x in (until, after))
-        later = blocks(q, rows)[..., 1::2, :, :] * jnp.exp(late)
-        earlier = blocks(k, rows)[..., 0::2, :, :] * jnp.exp(early)
-        below = jnp.einsum("...ic,...jc->...ij", later, earlier)
+        later = blocks(q, rows)[..., 1::2, :, :] * jnp.exp(late)[..., None, :, :, :]
+        earlier = blocks(k, rows)[..., 0::2, :, :] * jnp.exp(early)[..., None, :, :, :]
+        below = jnp.einsum("...pnic,...rnjc->...prnij", later, earlier)
         scores = corner(scores[..., 0::2, :, :], below, scores[..., 1::2, :, :])
         first, second = until[..., -1:, :], late[..., -1:, :]
         until = jnp.concatenate([until, first + late], axis=-2)
         after = jnp.concatenate([early + second, after], axis=-2)
         rows *= 2
-    return jnp.where(pairs, scores[..., 0, :length, :length], 0)
+    return jnp.where(pairs[..., None, None, :, :], scores[..., 0, :length, :length], 0)
 
 
 def _scores_forward(q: Array, k: Array, log_decay: Array, pairs: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -114,9 +124,10 @@ def _scores_backward(saved: tuple[Array, ...], d_scores: Array) -> tuple[Array, 
     q, k, log_decay, pairs = saved
     _, pull = jax.vjp(lambda q, k: _masked_scores(q, k, log_decay, pairs), q, k)
     dq, dk = pull(jnp.tril(d_scores, -1))
-    d_decay = summed(jnp.swapaxes(pairs, -1, -2), q * dq - k * dk)
-    own = jnp.diagonal(jnp.where(pairs, d_scores, 0), axis1=-2, axis2=-1)[..., None]
-    return dq + own * k, dk + own * q, d_decay, None
+    d_decay = summed(jnp.swapaxes(pairs, -1, -2), (q * dq).sum(-3) - (k * dk).sum(-3))
+    own = jnp.diagonal(jnp.where(pairs[..., None, None, :, :], d_scores, 0), axis1=-2, axis2=-1)
+    dq += jnp.einsum("...pri,...ric->...pic", own, k)
+    return dq, dk + jnp.einsum("...pri,...pic->...ric", own, q), d_decay, None
 
 
 _scores = jax.custom_vjp(_masked_scores)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxlong.ops.chunks import corner, cumulated, decay_matrix, gated_scores, join, power_of_two, split
+from jaxlong.ops.chunks import all_scores, corner, cumulated, decay_matrix, join, power_of_two, split
 
 GROUP = 8
 """Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""
@@ -170,7 +170,8 @@ def _delta_chunks(q: Array, k: Array, v: Array, decay: Array, beta: Array, docs:
         fade = decay_matrix(decay[..., 0], docs.pairs)
         seen, met = (jnp.einsum("...ic,...jc->...ij", x, k) * fade for x in (q, k))
     else:
-        seen, met = (gated_scores(x, k, decay, docs.pairs) for x in (q, k))
+        scores = all_scores(jnp.stack([q, k], -3), k[..., None, :, :], decay, docs.pairs)
+        seen, met = scores[..., 0, 0, :, :], scores[..., 1, 0, :, :]
     solve = _inverse(-beta * jnp.tril(met, -1)) * jnp.swapaxes(beta, -1, -2)
     return _Chunks(*_apply(solve, v, -k * enter), seen, q * enter, jnp.swapaxes(k * leave, -1, -2), keep)
 
@@ -179,9 +180,9 @@ def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b:
     """A token writes b_i p_i^T + k_i v_i^T, where p_i is what a_i reads: row i - 1 after its decay."""
     enter, leave, keep = _gates(decay, docs)
     before = docs.enter * jnp.exp(_down(cumulated(decay)))
-    scores = lambda q, k: gated_scores(q, k, decay, docs.pairs)
-    seen_b, seen_k = scores(r, b), scores(r, k)
-    met_b, met_k = (jnp.where(docs.pairs, _down(scores(_up(a), x)), 0) for x in (b, k))
+    scores = all_scores(jnp.stack([r, _up(a)], -3), jnp.stack([b, k], -3), decay, docs.pairs)
+    seen_b, seen_k = scores[..., 0, 0, :, :], scores[..., 0, 1, :, :]
+    met_b, met_k = (jnp.where(docs.pairs, _down(scores[..., 1, i, :, :]), 0) for i in (0, 1))
     p, by_s = _apply(_inverse(met_b), met_k @ v, a * before)
     write_b, write_k = (jnp.swapaxes(x * leave, -1, -2) for x in (b, k))
     return _Chunks(p, by_s, seen_b, r * enter, write_b, keep, out=seen_k @ v, add=write_k @ v)

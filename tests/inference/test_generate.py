@@ -14,6 +14,7 @@ KEY = jax.random.key(0)
 PROMPTS = np.random.default_rng(0).integers(0, VOCAB, (3, 9))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("length", "chunk"), [(9, None), (9, 3), (1, None)])
 def test_greedy_equals_whole_forward_passes(length, chunk):
     lm, params = model()
@@ -23,6 +24,7 @@ def test_greedy_equals_whole_forward_passes(length, chunk):
     assert np.asarray(got).tolist() == [greedy(lm, params, row, 8) for row in prompts.tolist()]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_ragged_batch_equals_single_rows(chunk):
     lm, params = model()

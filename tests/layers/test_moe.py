@@ -54,6 +54,7 @@ def naive(layer, params, x):
     return out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_against_a_loop_over_tokens(name):
     layer = CASES[name]

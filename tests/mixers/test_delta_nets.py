@@ -28,6 +28,7 @@ def gradients_in(case):
     return {name.removeprefix("grad."): x for name, x in case.items() if name.startswith("grad.")}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", ["small", "long"])
 @pytest.mark.parametrize("rule", ["delta", "gated", "kda", "generalized"])
 def test_rule_equals_flash_linear_attention(rule, shape):
@@ -88,6 +89,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_equals_transformers(name):
     case, mixer = group(f"layer/{name}/"), LAYERS[name]

@@ -93,6 +93,7 @@ def test_ops_equal_the_naive_reference(case):
         near(gradient, get(f"d/{name}"), name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_enough_keys_are_latent_attention(dtype):
     """Bit for bit, values and gradients: with top_k >= T, and while the indexer warms up."""
@@ -118,6 +119,7 @@ def losses(mixer, params, x, positions):
     return y, kept["losses"]["indexer_kl"][0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
 def test_model_and_indexer_learn_apart(stage):
     """The indexer from its loss alone, everything else and x from the outputs alone."""
@@ -144,6 +146,7 @@ def test_loss_is_sown_only_where_it_is_asked_for():
     assert logarithms(lambda p: losses(SMALL, p, x, positions)) > logarithms(plain) > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
 def test_loss_in_chunks(stage):
     """The mean over tokens is the same whether x comes whole or in chunks."""

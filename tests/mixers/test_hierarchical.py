@@ -83,6 +83,7 @@ def close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1.0, np.abs(want).max()))
 
 
+@pytest.mark.thorough
 @settings
 def test_equals_the_loop(mixer, length):
     params, x, positions = setup(mixer, length)
@@ -90,6 +91,7 @@ def test_equals_the_loop(mixer, length):
     close(got, np.stack([naive(mixer, exact(params), row) for row in exact(x)]))
 
 
+@pytest.mark.thorough
 @settings
 def test_gradients_equal_differences_of_the_loop(mixer, length):
     params, x, positions = setup(mixer, length, batch=1)

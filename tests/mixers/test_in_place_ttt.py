@@ -59,6 +59,7 @@ def close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1.0, np.abs(want).max()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mixer,length", [(MIXER, 29), (MIXER.clone(chunk=3, conv=3, eta=0.1, hidden=4), 20)])
 def test_the_loop_over_chunks(mixer, length):
     """Documents alone and packed at an offset; values in double precision."""
@@ -84,6 +85,7 @@ def test_gradients_of_the_loop(mixer, length):
     jax.tree.map(close, got, want)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_before_training_it_is_the_feed_forward_layer(dtype, packed):

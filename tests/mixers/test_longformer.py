@@ -77,6 +77,7 @@ def naive(mixer, params, x):
     return y
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fields", [{}, {"window": 5, "n_global": 1, "kv_heads": 4}], ids=str)
 def test_causal_form_equals_the_loop(fields):
     mixer = SMALL.clone(**fields)

@@ -76,6 +76,7 @@ def gathered(mixer, params, x, positions):
     return mixer.apply({"params": params}, x, positions=positions)[0]
 
 
+@pytest.mark.thorough
 @settings
 def test_equals_the_paper(mixer, length):
     params, x, positions = setup(mixer, length)
@@ -84,6 +85,7 @@ def test_equals_the_paper(mixer, length):
         close(jax.jit(functools.partial(form, mixer))(params, x, positions), want)
 
 
+@pytest.mark.thorough
 @settings
 @pytest.mark.parametrize("form", [gathered, masked])
 def test_gradients_equal_those_of_the_paper(mixer, length, form):

@@ -148,6 +148,7 @@ def mamba3_by_token(p, x, angles):
     return np.stack(outs, axis=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length,heads,groups,fraction", [(21, 2, 1, 0.5), (10, 4, 2, 1.0)])
 def test_mamba3_equals_the_loop(length, heads, groups, fraction):
     mixer = Mamba3(heads=heads, head_dim=3, state_dim=8, groups=groups, rotary_fraction=fraction, chunk=8)

@@ -42,6 +42,7 @@ def test_equals_transformers(case, form):
         near(gradient, get(f"d/{name}"), name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("position", [Rope(interleaved=True), NoPE()], ids=["rope", "nope"])
 @pytest.mark.parametrize("mask", [SMALL.mask, sliding(7)], ids=["causal", "window"])
 def test_absorbed_equals_expanded(position, mask):

@@ -66,6 +66,7 @@ def naive(mixer, params, x):
     return np.einsum("thc,hcd->td", o, params["wo"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mixer,lengths",
     [

@@ -78,12 +78,14 @@ def naive_recent(mixer, params, x):
     return np.einsum("thc,hcd->td", o, params["wo"])
 
 
+@pytest.mark.thorough
 @every_mixer
-@pytest.mark.parametrize("length", [3, 14])
+@pytest.mark.parametrize("length", [14, 3])
 def test_whole_rows(name, length):
     check(MIXERS[name], partial(naive_whole, MIXERS[name]), (length,), directions=1, still=("centroids",))
 
 
+@pytest.mark.thorough
 @every_mixer
 def test_with_a_state(name):
     mixer = MIXERS[name].clone(members=3)
@@ -138,6 +140,7 @@ def test_with_a_state_the_future_changes_nothing(name):
         assert not np.array_equal(a[:, cut:], b[:, cut:])
 
 
+@pytest.mark.thorough
 @every_mixer
 def test_chunks_equal_other_chunks(name):
     x, weigh = inputs(4), inputs(4, seed=4)
@@ -154,6 +157,7 @@ def test_chunks_equal_other_chunks(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, once)
 
 
+@pytest.mark.thorough
 @every_mixer
 def test_packed_documents_equal_separate_ones_with_a_state(name):
     lengths, params, x = (4, 1, 4), params_of(name), inputs(9)

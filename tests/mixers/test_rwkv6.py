@@ -43,6 +43,7 @@ def params_of(case, heads, size):
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name,heads,size", [("even", 2, 8), ("wide", 3, 4)])
 def test_layer_equals_the_rwkv_package(name, heads, size):
     case = group(f"{name}/")

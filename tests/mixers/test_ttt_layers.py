@@ -33,6 +33,7 @@ def close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1.0, float(np.abs(want).max())))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MIXERS)
 def test_the_authors_layer(name):
     arrays, params = golden(f"{name}/"), golden(f"{name}/params/")

@@ -135,6 +135,7 @@ def alone(tmp_path_factory):
         return on("data=-1", tmp_path_factory.mktemp("alone"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,seq=2", "fsdp=2,tensor=2,seq=2"])
 def test_twenty_steps_equal_one_device(mesh, alone, tmp_path):
     losses, _ = on(mesh, tmp_path / "run")

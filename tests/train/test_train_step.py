@@ -47,6 +47,7 @@ def faulty(algorithm):
     return step, state
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("place", ["loss", "gradient of layers.w"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
