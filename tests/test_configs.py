@@ -58,6 +58,7 @@ def test_loads_fits_its_mesh_and_survives_storage(name):
     assert f"configs/{name}.py" in TEXTS[name] or name == "quickstart", "its own command"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_as_shapes(name):
     """The loss and a decoding step are traced at the model's own size; nothing is computed."""

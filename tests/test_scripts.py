@@ -86,6 +86,7 @@ def test_benchmark_of_mixers(tmp_path, capsys):
     assert "Time at 32 tokens over time at 16" in (tmp_path / "mixers.md").read_text()
 
 
+@pytest.mark.slow
 def test_recurrences_are_those_of_the_chunks():
     import jax.numpy as jnp
 

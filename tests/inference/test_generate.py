@@ -45,6 +45,7 @@ def test_what_stands_after_a_prompt_does_not_matter():
 SAMPLE = Sample(temperature=2.0, top_k=6)
 
 
+@pytest.mark.slow
 def test_stream_gives_the_same_tokens_one_by_one():
     lm, params = model()
     greedily = np.asarray(generate(lm, params, PROMPTS, max_new=8, key=KEY))[0].tolist()

@@ -63,6 +63,7 @@ def test_against_a_loop_over_tokens(name):
     np.testing.assert_allclose(layer.apply({"params": params}, x), want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_gradients_against_differences():
     layer = CASES["deepseek"]
     params, x = made(layer, (1, 5, WIDTH))

@@ -45,6 +45,7 @@ def as_booleans(chosen, length):
     return named.astype(bool)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ["v32", "v32_yarn"])
 def test_equals_transformers(case):
     """The chosen keys, values, and gradients (which pass by the indexer)."""
@@ -70,6 +71,7 @@ def test_equals_transformers(case):
             near(gradient, get(f"d/{name}"), name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ["fla", "fla_long"])
 def test_ops_equal_the_naive_reference(case):
     """Scores, choice and attention over it, with heads of any key."""

@@ -72,6 +72,7 @@ def test_the_loop_over_chunks(mixer, length):
     close(call(mixer, single(p), single(x), segments), want)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mixer,length", [(MIXER, 29), (MIXER.clone(chunk=3, conv=3, eta=0.1, hidden=4), 20)])
 def test_gradients_of_the_loop(mixer, length):
     p, x = params(mixer, 0.3), inputs(mixer, length)

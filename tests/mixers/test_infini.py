@@ -33,6 +33,7 @@ def test_one_segment_is_local_attention_times_one_minus_the_gate():
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("update", ["linear", "delta"])
 def test_an_open_gate_reads_the_memory_alone(update):
     """Without positions, a memory of constant values gives that value back: s(q) M / (s(q) z) is their mean."""

@@ -20,6 +20,7 @@ GOLDEN = np.load(FOLDER / "linear.npz")
 both = pytest.mark.parametrize("name", ["even", "odd"])
 
 
+@pytest.mark.thorough
 @both
 @pytest.mark.parametrize("kind", ["simple_gla", "gla"])
 def test_gated_forms_equal_fla(kind, name):
@@ -110,6 +111,7 @@ def gla_by_token(p, x, dim, temperature):
     return np.stack(outs, axis=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length,heads,dim", [(23, 2, 6), (9, 3, 4)])
 def test_gla_layer(length, heads, dim):
     mixer = GLA(heads=heads, head_dim=dim, value_dim=5, gate_rank=3, temperature=2.0, chunk=8)
@@ -161,6 +163,7 @@ def test_bad_fields_of_gla(field, value):
         GLA(**{"heads": 2, "head_dim": 4, field: value})
 
 
+@pytest.mark.slow
 def test_relu_features_that_are_all_zero_divide_by_no_zero():
     mixer = LinearAttention(heads=1, head_dim=2, feature="relu")
     x = jnp.zeros((1, 3, 4))

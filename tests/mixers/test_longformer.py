@@ -32,6 +32,7 @@ def places(length, batch):
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["local", "global", "one"])
 @pytest.mark.parametrize("packed", [False, True], ids=["row", "ids"])
 def test_equals_transformers(name, packed):

@@ -51,6 +51,7 @@ def test_mamba_equals_transformers(name, states, rank):
     check_layer(mixer, convert, case, gradients)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name,heads,states,groups", [("even", 2, 4, 1), ("odd", 4, 5, 2)])
 def test_mamba2_equals_transformers(name, heads, states, groups):
     case, gradients = group(GOLDEN, f"mamba2/{name}/")
@@ -181,6 +182,7 @@ def test_mamba3_equals_the_loop(length, heads, groups, fraction):
     along((np.asarray(of_x) * step).sum(), (params, x + step), (params, x - step))
 
 
+@pytest.mark.slow
 def test_mamba3_with_the_euler_rule_and_no_turns_is_a_decayed_sum():
     """l = 1 leaves k_t v_t^T alone, and zero angles turn nothing: linear attention with keys dt k."""
     mixer = Mamba3(heads=2, head_dim=3, state_dim=4, chunk=8)

@@ -22,6 +22,7 @@ CASES = sorted({name.split("/")[0] for name in GOLDEN.files if "/" in name})
 SMALL = MLA(heads=3, kv_rank=10, nope_dim=6, rope_dim=4, value_dim=5, q_rank=7)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case, form):

@@ -79,6 +79,7 @@ def test_values_and_gradients(mixer, lengths):
     check(mixer, partial(naive, mixer), lengths, directions=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ["a", "b"])
 def test_equals_the_public_reference(case):
     """Mean pooling, windows = blocks, keys and values shared by both branches, nothing local."""

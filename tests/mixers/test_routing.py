@@ -140,7 +140,7 @@ def test_with_a_state_the_future_changes_nothing(name):
         assert not np.array_equal(a[:, cut:], b[:, cut:])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @every_mixer
 def test_chunks_equal_other_chunks(name):
     x, weigh = inputs(4), inputs(4, seed=4)

@@ -35,6 +35,7 @@ def ffn_params(case):
     return {**shares, **{f"w{n[0]}": case[f"{n}.weight"].T for n in ("key", "value", "receptance")}}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["even", "wide"])
 @pytest.mark.parametrize("kind", ["att", "ffn"])
 def test_layer_equals_transformers(name, kind):

@@ -75,6 +75,7 @@ def test_recurrence_equals_fla():
         close(gradient, case[f"grad.{name}"])
 
 
+@pytest.mark.slow
 def test_long_and_strongly_decayed_stays_finite():
     mixer = RWKV6(heads=1, head_dim=4, mix_rank=2, decay_rank=2)
     x = jax.random.normal(jax.random.key(0), (1, 4096, 4))

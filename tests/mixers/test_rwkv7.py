@@ -149,6 +149,7 @@ def layer_params(seed, layers=None):
     return jax.tree.unflatten(tree, [leaf + 0.2 * jax.random.normal(key, front + leaf.shape) for leaf, key in pairs])
 
 
+@pytest.mark.slow
 def test_first_layer_is_left_as_it_is():
     x, params = jax.random.normal(jax.random.key(1), (2, 9, 12)), layer_params(2)
     apply = jax.jit(lambda mixer, p: mixer.apply({"params": p}, x, positions=positions_of(x))[0], static_argnums=0)
@@ -178,6 +179,7 @@ def test_values_travel_through_a_scan_over_layers():
     assert float(jnp.abs(layer((alone[0], None), jax.tree.map(lambda p: p[1], params))[0][0] - carry[0]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_chunks_equal_the_whole_with_values_of_another_layer():
     x, params = jax.random.normal(jax.random.key(1), (2, 2, 9, 12)), (layer_params(2), layer_params(3))
 
@@ -195,6 +197,7 @@ def test_chunks_equal_the_whole_with_values_of_another_layer():
     np.testing.assert_allclose(jnp.concatenate(parts, axis=2), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_long_and_strongly_decayed_stays_finite():
     """Every channel at the fastest decay, 0.607 a token, or at none; keys that repeat."""
     mixer = RWKV7(heads=1, head_dim=4, decay_rank=2, rate_rank=2, gate_rank=2, value_residual=False)

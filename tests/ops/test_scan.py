@@ -72,6 +72,7 @@ def chunked(q, k, v, g, bonus, s, resets, chunk=16):
     return linear_attention(q, k, v, g, bonus=bonus, s0=s, resets=resets, chunk=chunk)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("kind", DECAYS)
 def test_linear_attention(kind, bonus):
@@ -90,6 +91,7 @@ def test_queries_and_keys_may_differ_in_heads():
         close(a, b)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("kind", DECAYS)
 def test_gradients_of_linear_attention(kind, bonus):
@@ -112,6 +114,7 @@ def test_result_does_not_depend_on_the_chunk(kind):
         close(a, b)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_strong_decay_over_4096_tokens(kind, bonus):

@@ -86,6 +86,7 @@ def case(name):
     return q, k, v, selection, settings, query_block, (rng.normal(size=(2, T, H, V)), rng.normal(size=(2, T, H)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     q, k, v, selection, settings, query_block, weigh = case(name)
