@@ -13,6 +13,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs are small and run once: compiling them is what takes the time
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # What one worker, process or run of the tests has compiled, the others read: a bound on its size makes that safe
@@ -61,9 +63,9 @@ def pytest_runtest_teardown(item, nextitem):
 _tests = []
 
 
-@pytest.fixture(scope="module")
-def compile_fast():
-    """For modules of many small programs, each run once: compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+@pytest.fixture
+def compile_well():
+    """For what depends on how well programs are compiled: the memory that they need."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -22,24 +22,20 @@ from jaxlong.core.types import BadInput
 from jaxlong.mixers import MIXERS
 from jaxlong.parallel.mesh import make_mesh, shard
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 WIDTH, BATCH, LENGTH = 12, 2, 12
 CASES = {f"{name}-{case}": mixer for name, cls in MIXERS.items() for case, mixer in cls.examples().items()}
 FIRST = {name: next(case for case in CASES if case.startswith(f"{name}-")) for name in MIXERS}
 thorough = lambda case, *values: pytest.param(*values, marks=() if case in FIRST.values() else pytest.mark.slow)
 every_mixer = pytest.mark.parametrize("name", CASES)
 every_mixer_thoroughly = pytest.mark.parametrize("name", [thorough(case, case) for case in CASES])
-in_both_types = lambda quick: pytest.mark.parametrize(
+every_mixer_and_dtype = pytest.mark.parametrize(
     "dtype,name",
     [
-        pytest.param(dtype, case, marks=() if case in FIRST.values() and dtype in quick else pytest.mark.slow)
+        pytest.param(dtype, case, marks=() if case in FIRST.values() and dtype == "float32" else pytest.mark.slow)
         for dtype in ("float32", "bfloat16")
         for case in CASES
     ],
 )
-every_mixer_and_dtype = in_both_types(("float32", "bfloat16"))
-every_mixer_float32_first = in_both_types(("float32",))
 
 # bfloat16 keeps 8 bits: sums in another order differ by a few units of 2**-8 of the largest value
 TOLERANCE = {"float32": 3e-6, "bfloat16": 4e-2}
@@ -113,14 +109,14 @@ def same(a, b) -> bool:
     return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-@every_mixer_float32_first
+@every_mixer_and_dtype
 def test_one_token_alone(name, dtype):
     y = run(name, inputs(dtype=dtype)[:, :1])
     assert y.shape == (BATCH, 1, WIDTH) and y.dtype == dtype and jnp.isfinite(y).all()
     close(y, run(name, inputs(dtype=dtype))[:, :1], dtype)
 
 
-@every_mixer_float32_first
+@every_mixer_and_dtype
 def test_causality_bit_for_bit(name, dtype):
     """Another future does not change a bit of the past."""
     x, other = inputs(dtype=dtype), inputs(dtype=dtype, seed=3)
@@ -151,7 +147,7 @@ def alone(x, start, end):
     return np.concatenate([x[:, start:end], inputs(dtype=x.dtype, seed=5)], axis=1)[:, :LENGTH]
 
 
-@every_mixer_float32_first
+@every_mixer_and_dtype
 @pytest.mark.parametrize("lengths", [(5, 1, 6), (1, 2, 1, 2, 3, 3)], ids=str)
 def test_packed_documents_equal_separate_runs(name, dtype, lengths):
     """Documents shorter than a window, a chunk or a convolution too; nothing leaks over an edge."""
@@ -202,6 +198,16 @@ def test_gradients_of_packed_documents(name):
     close(together[1][:, 6:], single[1][:, :6], "float32")
     assert not np.asarray(together[1][:, :6]).any()
     jax.tree.map(lambda a, b: close(b, a, "float32"), single[0], together[0])
+
+
+@pytest.mark.parametrize("name", list(FIRST.values()))
+def test_types_are_those_of_the_inputs(name):
+    """In bfloat16, without running: what the mixer gives and keeps."""
+    mixer, params, x = CASES[name], params_of(name), inputs(dtype="bfloat16")
+    make = lambda: mixer.init_state(BATCH, LENGTH, width=WIDTH, max_chunk=LENGTH, dtype=x.dtype)
+    for state in (None, jax.eval_shape(make)):
+        y, after = jax.eval_shape(lambda s: apply(name, params, x, count(), None, s), state)
+        assert y.dtype == x.dtype and after == state
 
 
 @every_mixer

@@ -22,8 +22,6 @@ from jaxlong.ops.attend import Backend
 from jaxlong.parallel.memory import POLICIES
 from jaxlong.train.grads import ahead, next_token_loss
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 LOCAL, GLOBAL = GQA(heads=2, kv_heads=1, head_dim=8, mask=sliding(4)), GQA(heads=2, kv_heads=2, head_dim=8, conv=3)
 MODEL = LM(vocab=32, width=16, depth=4, pattern=(LOCAL, GLOBAL), mlp=SwiGLU(hidden=24))
 TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)

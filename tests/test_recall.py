@@ -23,7 +23,6 @@ from jaxlong.evals.records import read_lines
 from jaxlong.mixers import GQA, ShortConv
 from jaxlong.run import flat
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 ROOT = Path(__file__).parent.parent
 SMALL, FULL = (f"{ROOT}/configs/recall_{name}.py" for name in ("small", "full"))
 

@@ -22,7 +22,7 @@ from jaxlong.parallel.mesh import make_mesh
 from jaxlong.train import loop
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.usefixtures("compile_fast")
+
 
 STEPS, MESH = 40, "data=2,fsdp=2,seq=2"
 ARGUMENTS = [
@@ -35,7 +35,6 @@ ARGUMENTS = [
 ENVIRONMENT = os.environ | {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600",
     "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # five processes, each compiles
 }
 
 

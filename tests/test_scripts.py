@@ -14,7 +14,6 @@ from experiments.benchmarks.recurrences import rivals
 from jaxlong.mixers import MIXERS
 from jaxlong.train.loop import Diverged
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 ROOT = Path(__file__).parent.parent
 SMALL = [
     f"--config={ROOT}/configs/tiny.py", "--config.model.width=16", "--config.model.depth=1",

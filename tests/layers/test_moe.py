@@ -13,7 +13,6 @@ from jaxlong.core.types import BadInput
 from jaxlong.layers.moe import MoE
 from jaxlong.train.optim import AdamW, Constant, make_optimizer
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 WIDTH = 6
 CASES = {
     "softmax": MoE(hidden=5, experts=4, top_k=2),

@@ -11,8 +11,6 @@ from jaxlong.core.types import BadInput
 from jaxlong.mixers import KDA, DeltaNet, GatedDeltaNet
 from jaxlong.ops.delta import delta_rule, generalized_delta_rule
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "delta.npz")
 
 

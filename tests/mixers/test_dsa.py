@@ -17,8 +17,6 @@ from jaxlong.mixers import DSA, MLA
 from jaxlong.ops.indexer import Sight, select_by_index
 from jaxlong.ops.select import attend_selected
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "dsa.npz")
 SMALL = DSA(heads=2, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=6, q_rank=5, top_k=4, index_heads=3, index_dim=8)
 INDEXER = {"index_wq", "index_wk", "index_w", "index_norm", "index_bias"}

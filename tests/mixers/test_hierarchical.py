@@ -14,8 +14,6 @@ from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import GQA, Hierarchical
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 WIDTH = 8
 SETTINGS = {
     "three": (Hierarchical(4, 2, 4, segment=4, summaries=2, levels=3), 21),

@@ -12,8 +12,6 @@ from jaxlong.core.types import BadInput
 from jaxlong.layers.mlp import SwiGLU
 from jaxlong.mixers import InPlaceTTT
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 MIXER = InPlaceTTT(width=6, hidden=10, chunk=8, eta=0.3)
 
 

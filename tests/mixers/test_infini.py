@@ -12,8 +12,6 @@ from jaxlong.core.mask import causal
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import GQA, InfiniAttention
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def setup(mixer, length, width=12, seed=0):
     x = jax.random.normal(jax.random.key(seed), (2, length, width))

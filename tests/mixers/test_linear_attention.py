@@ -14,8 +14,6 @@ from jaxlong.mixers import GLA, LinearAttention
 from jaxlong.mixers.linear_attention import lightning_decay, retnet_decay
 from jaxlong.ops.scan import linear_attention
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(FOLDER / "linear.npz")
 both = pytest.mark.parametrize("name", ["even", "odd"])
 

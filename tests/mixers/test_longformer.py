@@ -17,8 +17,6 @@ from jaxlong.core.position import NoPE
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import GQA, LongformerAttention
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "longformer.npz")
 SMALL = LongformerAttention(heads=4, kv_heads=2, head_dim=4, window=3, n_global=2, position=NoPE())
 

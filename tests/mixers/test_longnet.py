@@ -16,8 +16,6 @@ from jaxlong.core.position import NoPE
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import GQA, LongNet
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 WIDTH = 8
 SETTINGS = {
     "cyclic": (LongNet(4, 2, 6, branches=((4, 1), (8, 2)), position=NoPE()), 19),

@@ -14,8 +14,6 @@ from jaxlong.core.types import BadInput
 from jaxlong.mixers import Mamba, Mamba2, Mamba3
 from jaxlong.ops.scan import linear_attention, selective_scan
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(FOLDER / "mamba.npz")
 
 

@@ -15,8 +15,6 @@ from jaxlong.core.position import Alibi, NoPE, Rope
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import MLA
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "mla.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN.files if "/" in name})
 SMALL = MLA(heads=3, kv_rank=10, nope_dim=6, rope_dim=4, value_dim=5, q_rank=7)

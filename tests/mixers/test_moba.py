@@ -14,8 +14,6 @@ from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import GQA, MoBA
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def naive(mixer, params, x):
     """One document [T D]."""

@@ -15,8 +15,6 @@ from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import NSA
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = Path(__file__).parents[1] / "golden" / "nsa.npz"
 
 

@@ -15,8 +15,6 @@ from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import Routing
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 MIXERS = Routing.examples()
 every_mixer = pytest.mark.parametrize("name", MIXERS)
 

@@ -11,8 +11,6 @@ from jaxlong.core.types import BadInput
 from jaxlong.mixers import RWKV4, RWKVChannelMix
 from jaxlong.ops.wkv import wkv
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "rwkv4.npz")
 
 

@@ -12,8 +12,6 @@ from jaxlong.core.types import BadInput
 from jaxlong.mixers import RWKV6
 from jaxlong.ops.scan import linear_attention
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "rwkv6.npz")
 
 

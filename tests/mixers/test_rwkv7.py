@@ -12,8 +12,6 @@ from jaxlong.core.types import BadInput
 from jaxlong.mixers import RWKV7, RWKVChannelMix
 from jaxlong.ops.delta import generalized_delta_rule
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "rwkv7.npz")
 HEADS, SIZE, HIDDEN = 2, 8, 24
 RWKV = RWKV7(HEADS, SIZE, decay_rank=5, rate_rank=4, value_rank=3, gate_rank=6, chunk=8)

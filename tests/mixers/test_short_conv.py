@@ -11,8 +11,6 @@ import pytest
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import ShortConv
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def loop(p, x):
     """One row [T D], float64."""

@@ -14,8 +14,6 @@ from jaxlong.core.mask import Mask, bigbird, causal, dilated, fixed, longformer,
 from jaxlong.core.position import NoPE
 from jaxlong.mixers import GQA
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "static_masks.npz")
 LENGTH, WIDTH = 29, 8
 

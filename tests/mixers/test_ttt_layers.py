@@ -13,8 +13,6 @@ from jaxlong.core.position import Rope
 from jaxlong.core.types import BadInput
 from jaxlong.mixers import TTTMLP, TTTLinear
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "ttt.npz")
 MIXERS = {
     "linear": TTTLinear(heads=2, head_dim=6, mini_batch=8),

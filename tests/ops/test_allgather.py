@@ -19,7 +19,6 @@ from jaxlong.core.types import BadInput
 from jaxlong.ops import Backend, attend, attend_with_lse
 from jaxlong.ops.blockwise import blockwise
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 AXES = ("data", "fsdp", "seq", "tensor", "expert")
 small = partial(attend_with_lse, backend=Backend("blockwise"))
 

@@ -13,7 +13,6 @@ from jaxlong.core.mask import causal
 from jaxlong.core.types import BadInput
 from jaxlong.ops import Backend, attend, attend_with_lse, merge
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 module = import_module("jaxlong.ops.attend")  # the package offers the function of that name
 
 

@@ -16,7 +16,7 @@ from jaxlong.ops.dense import dense
 
 small = partial(blockwise, block_q=16, block_k=24)
 ALL = ("bias", "alibi", "cap", "sinks", "segments")
-pytestmark = pytest.mark.usefixtures("compile_fast")
+
 
 # ---------------------------------------------------------------------------------------------- agreement
 

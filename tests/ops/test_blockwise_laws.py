@@ -162,6 +162,7 @@ def temporary_bytes(attention, T, H=8, C=64):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("compile_well")
 def test_memory_is_a_sixteenth_of_dense_and_linear():
     half, whole = temporary_bytes(blockwise, 16384), temporary_bytes(blockwise, 32768)
     assert 16 * whole <= temporary_bytes(dense, 32768)

@@ -11,8 +11,6 @@ from jaxlong.ops import chunk_memory as module
 from jaxlong.ops.chunk_memory import ChunkMemory, chunk_conv, chunk_memory, marks
 from jaxlong.ops.chunks import starts
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 T, F, D, CHUNK = 23, 5, 4, 4
 
 
@@ -82,6 +80,7 @@ def test_whole_documents(length):
     close(grads(run, q, k, v), grads(lambda q, k, v: by_mask(q, k, v, empty, where)[0], q, k, v))
 
 
+@pytest.mark.usefixtures("compile_well")
 @pytest.mark.parametrize("marked", [False, True])
 def test_no_copy_of_the_memory_a_chunk(marked):
     """The compiler's temporary buffers for forward and backward, against a copy a chunk."""

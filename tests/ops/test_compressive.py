@@ -10,8 +10,6 @@ import pytest
 from jaxlong.core.types import BadInput
 from jaxlong.ops.compressive import compressive_memory, empty_memory
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 SHAPES = [(2, 4, 2, 5, 3, 4), (1, 3, 3, 4, 6, 7), (2, 4, 1, 2, 2, 64)]
 """B, H, K, C, V and the segment."""
 run = jax.jit(compressive_memory, static_argnames=("segment", "update"))

@@ -11,8 +11,6 @@ import pytest
 
 from jaxlong.ops.delta import delta_rule, generalized_delta_rule
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 BATCH, HEADS, KEY, VALUE = 2, 2, 6, 5
 every_kind = pytest.mark.parametrize("kind", ["head", "channel", "generalized"])
 

@@ -8,7 +8,6 @@ from attention_oracle import MASKS, assert_same, attention, case
 
 from jaxlong.ops.dense import dense
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 ALL = ("bias", "alibi", "cap", "sinks", "segments")
 
 

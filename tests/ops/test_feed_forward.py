@@ -38,6 +38,7 @@ def test_blocks_hold_every_token_once_and_a_share_of_every_stretch(T, block):
     np.testing.assert_array_equal(blocks[0, 0], x[0, ::n])
 
 
+@pytest.mark.usefixtures("compile_well")
 def test_memory_is_that_of_a_block():
     T, D, F = 16384, 16, 1024
     x, up, down = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, T, D), (D, F), (F, D)))

@@ -13,8 +13,6 @@ from jaxlong.core.types import BadInput
 from jaxlong.ops.indexer import Sight, float8, index_loss, index_scores, select_by_index
 from jaxlong.ops.select import Selection
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 SCALE = 0.3
 
 
@@ -131,6 +129,7 @@ def test_ties_go_to_the_older_key():
     assert positions[0][chosen.indices[0, 0, 0]].tolist() == [4, 5, 6]
 
 
+@pytest.mark.usefixtures("compile_well")
 def test_memory_is_of_one_block_of_queries():
     """Of 2048 queries and keys neither all scores of a head nor those of the indexer are held, also backward."""
     length, heads = 2048, 4

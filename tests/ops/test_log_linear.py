@@ -13,8 +13,6 @@ from jaxlong.core.state import Recurrent
 from jaxlong.core.types import BadInput
 from jaxlong.ops.log_linear import log_linear, slots_for
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "log_linear.npz")
 run = jax.jit(log_linear, static_argnames="chunk")
 

@@ -112,6 +112,7 @@ def test_a_chunk_of_no_tokens(inputs):
         cross_entropy(*inputs, chunk=0)
 
 
+@pytest.mark.usefixtures("compile_well")
 def test_memory_is_that_of_one_chunk():
     """Forward and backward at 8192 tokens by 32768 words: a sixteenth of the logits, which take 1 GiB."""
     T, D, V, chunk = 8192, 64, 32768, 128

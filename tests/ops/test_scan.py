@@ -9,8 +9,6 @@ import pytest
 
 from jaxlong.ops.scan import linear_attention, linear_scan, phase_scan, selective_scan
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 B, H, K, V = 2, 4, 5, 6
 DECAYS = {"none": None, "scalar": (H,), "channel": (H, K)}
 

@@ -20,8 +20,6 @@ from jaxlong.ops.select import (
     top_k,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def naive(q, k, v, selection, *, mask, q_positions, k_positions, q_segments, k_segments, block, scale, weigh):
     """out, lse in float64, and their gradients for out . weigh[0] + lse . weigh[1], one query and head at a time."""

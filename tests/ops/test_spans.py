@@ -10,8 +10,6 @@ import pytest
 from jaxlong.core.state import EMPTY
 from jaxlong.ops.spans import Summaries, read_windows, sum_by_blocks, windows
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GRIDS = [(1, 1), (4, 4), (5, 2), (3, 1)]  # length, stride
 ROWS = [(13,), (3, 1, 9), (1, 1, 1, 10), (6, 7)]  # documents of a row
 

@@ -13,8 +13,6 @@ import pytest
 from jaxlong.ops.chunks import starts
 from jaxlong.ops.ttt import FastWeights, Layer, ttt
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 DEPTHS = {"linear": 1, "mlp": 2}
 every_depth = pytest.mark.parametrize("depth", DEPTHS.values(), ids=DEPTHS)
 

@@ -7,8 +7,6 @@ import pytest
 
 from jaxlong.ops.wkv import wkv
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 BATCH, WIDTH = 2, 5
 
 

@@ -27,8 +27,6 @@ from jaxlong.parallel.mesh import AXES, init_distributed, make_mesh, parse_mesh,
 from jaxlong.train.hooks import Hook
 from jaxlong.train.optim import AdamW, Cosine
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def test_parse():
     ones = dict.fromkeys(AXES, 1)
