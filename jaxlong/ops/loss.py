@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from jaxlong.core.types import BadInput
 from jaxlong.ops.dense import accumulator, precision
 from jaxlong.ops.feed_forward import join, split
-from jaxlong.parallel.allgather import auto_mesh, token_sum, vary_alike
+from jaxlong.parallel.allgather import token_sum
+from jaxlong.parallel.manual import auto_mesh, vary_alike
 
 
 class LossStats(NamedTuple):
