@@ -17,6 +17,7 @@ from jaxlong.layers.mtp import MultiToken
 from jaxlong.layers.norm import RMSNorm
 from jaxlong.mixers.base import SequenceMixer, SharesFirstValues
 from jaxlong.ops.feed_forward import feed_forward
+from jaxlong.ops.lookup import lookup
 from jaxlong.parallel.memory import policy
 from jaxlong.parallel.mesh import shard
 
@@ -66,16 +67,19 @@ class Block(nn.Module):
         if looks_back(self.mlp):
             y, of_mlp = self.mlp(normed, **where, state=of_mlp)
         elif self.mlp_block and not self.is_initializing():
-            y = feed_forward(self._token_wise(), normed, block=self.mlp_block)
+            y = self._blockwise(normed)
         else:
             y = self.mlp(normed)
         state = (of_mixer, of_mlp) if looks_back(self.mlp) else of_mixer
         return shard(x + y, "batch", "seq", None), state, first
 
-    def _token_wise(self) -> Any:
-        weights = {"params": self.variables["params"]["mlp"]}
+    def _blockwise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         mlp = self.mlp.clone(parent=None, name=None)
-        return lambda tokens: mlp.apply(weights, tokens)
+        token = jax.ShapeDtypeStruct((1, 1, x.shape[-1]), x.dtype)
+        boxed = jax.eval_shape(mlp.init, jax.random.key(0), token)["params"]
+        apply = lambda weights, tokens: mlp.apply({"params": weights}, tokens)
+        weights = self.variables["params"]["mlp"]
+        return feed_forward(apply, weights, x, block=self.mlp_block, names=nn.get_partition_spec(boxed))
 
 
 class Group(nn.Module):
@@ -139,7 +143,7 @@ class LM(nn.Module):
         before, after: layers around the repeated ones, which count towards `depth`.
         tied: the head is the embedding, transposed.
         remat: a name in `jaxlong.parallel.memory.POLICIES`.
-        mlp_block: tokens a feed-forward block (blockwise parallel transformer); 0 takes all at once.
+        mlp_block: tokens a feed-forward block, on one device (blockwise parallel transformer); 0 takes all at once.
         dtype: of activations; parameters, norms' statistics and logits are float32.
         soft_cap: bound of the logits, c tanh(logits / c).
         mtp: tokens beyond the next that training predicts too (multi-token prediction, `layers.mtp`).
@@ -265,7 +269,7 @@ class LM(nn.Module):
         return jnp.stack(out)
 
     def _embed(self, tokens: Array) -> Array:
-        return self.table.astype(self.dtype)[tokens] * self.width**0.5
+        return lookup(self.table, tokens, self.dtype) * self.width**0.5
 
     def _no_values(self, x: Array) -> Any:
         """The carry of mixers that share the first layer's values, before that layer."""

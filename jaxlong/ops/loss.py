@@ -8,13 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from jaxlong.core.types import BadInput
 from jaxlong.ops.dense import accumulator, precision
 from jaxlong.ops.feed_forward import join, split
-from jaxlong.parallel.allgather import token_sum
 from jaxlong.parallel.manual import auto_mesh, vary_alike
+from jaxlong.parallel.tokens import gather, scatter, token_sum
 
 
 class LossStats(NamedTuple):
@@ -45,8 +46,8 @@ def cross_entropy(
     all, and residuals of the size of the gradients (that of `head` in float32). Without differentiation it computes
     the loss alone. Softmax and sums are float32.
 
-    Under a mesh (`jax.set_mesh`) each device handles its own tokens, over the whole of D, and the gradient of `head`
-    is added up across devices once. Without one, sharded inputs work too.
+    Under a mesh (`jax.set_mesh`) each device handles its own tokens and gathers `head`, whose gradient is added up
+    across devices once, in float32, each part where it lies. Without one, sharded inputs work too.
 
     Args:
         hidden: final hidden states, [T, D] or [B, T, D].
@@ -67,13 +68,11 @@ def cross_entropy(
         raise BadInput("chunk", chunk, "a chunk holds at least one token", "1 or more")
     if hidden.ndim == 2:
         hidden, targets, weights = hidden[None], targets[None], weights[None]
-    static = _Static(z_loss, chunk, soft_cap, head.dtype)
 
-    def local(tokens, head):
-        return _sums(static, *vary_alike((*tokens, head)))
+    def local(tokens, head, held):
+        return _sums(_Static(z_loss, chunk, soft_cap, head.dtype, held), *vary_alike((*tokens, head)))
 
-    mesh, tokens = auto_mesh(), (hidden, targets, weights)
-    return local(tokens, head) if mesh is None else token_sum(local, tokens, head, mesh=mesh)
+    return token_sum(local, (hidden, targets, weights), head, P("embed", "vocab"), mesh=auto_mesh())
 
 
 class _Static(NamedTuple):
@@ -81,6 +80,7 @@ class _Static(NamedTuple):
     chunk: int
     soft_cap: float | None
     head_dtype: jnp.dtype
+    held: P  # how the head lies over devices
 
 
 class _Chunk(NamedTuple):
@@ -94,6 +94,7 @@ def _sums(static: _Static, hidden: Array, targets: Array, weights: Array, head: 
     def step(sums, chunk):
         return jax.tree.map(jnp.add, sums, _measure(static, chunk, head)[0]), None
 
+    head = _whole(static, head, hidden)
     chunks = _chunks(static, hidden, targets, weights)
     (loss, stats), _ = lax.scan(step, _nothing(chunks), chunks)
     return loss, stats
@@ -108,9 +109,11 @@ def _sums_fwd(static, hidden, targets, weights, head):
         dhead = dhead + _einsum("bmd,bmv->dv", chunk.hidden, dlogits)
         return (jax.tree.map(jnp.add, sums, more), dhead), (dhidden, by_token.astype(weights.dtype))
 
+    head = _whole(static, head, hidden)
     chunks = _chunks(static, hidden, targets, weights)
     start = _nothing(chunks), jnp.zeros_like(head, dtype=accumulator(head.dtype))
     (sums, dhead), by_token = lax.scan(step, start, chunks)
+    dhead = scatter(dhead, static.held)  # here, not in the backward pass: what is kept until then is a part
     dhidden, dweights = (join(x, hidden.shape[1]) for x in by_token)
     return sums, (dhidden, dweights, dhead)
 
@@ -156,6 +159,11 @@ def _measure(static: _Static, chunk: _Chunk, head: Array):
     if static.soft_cap is not None:
         dlogits = dlogits * (1 - jnp.square(logits / static.soft_cap))
     return sums, loss, weights[..., None] * dlogits
+
+
+def _whole(static: _Static, head: Array, hidden: Array) -> Array:
+    """The head in the dtype of the hidden states, gathered."""
+    return gather(head.astype(hidden.dtype), static.held)
 
 
 def _chunks(static: _Static, hidden: Array, targets: Array, weights: Array) -> _Chunk:

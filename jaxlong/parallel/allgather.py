@@ -1,23 +1,18 @@
 """The plainest sequence parallelism: devices share out tokens and gather what they need whole.
 
 Attention gathers keys, for any mask and any layout, since masks see positions: a device holds all keys and values of
-its batch rows and heads while it computes. A sum over tokens gathers the arrays that all tokens share.
+its batch rows and heads while it computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AbstractMesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from jaxlong.parallel.manual import SEQUENCE, dividing
 from jaxlong.parallel.partial import Local, Meta, wide
 
 
@@ -64,27 +59,3 @@ def gather_ints(rows: tuple[Array | None, ...], axis: str | tuple[str, ...]) -> 
     whole = lax.all_gather(jnp.stack(list(found.values())), axis, axis=2, tiled=True)
     by_id = dict(zip(found, whole, strict=True))
     return tuple(None if x is None else by_id[id(x)] for x in rows)
-
-
-def token_sum(local: Callable[[Any, Any], Any], tokens: Any, shared: Any, *, mesh: AbstractMesh) -> Any:
-    """`local(tokens, shared)`, a tree of sums over tokens, added up over a mesh.
-
-    Each device sums over its part of the batch ("data" and "fsdp") and of the length ("seq" and "ulysses"); the other
-    axes stay with the compiler. Gradients of what is shared are added up across devices once, however often `local`
-    uses it.
-
-    Args:
-        tokens: a tree of arrays [B, T, ...].
-        shared: a tree of arrays that all tokens use.
-    """
-    B, T = jax.tree.leaves(tokens)[0].shape[:2]
-    batch, length = dividing(mesh, ("data", "fsdp"), B), dividing(mesh, SEQUENCE, T)
-    if not batch + length:
-        return local(tokens, shared)
-    return jax.shard_map(
-        lambda tokens, shared: lax.psum(local(tokens, shared), batch + length),
-        mesh=mesh,
-        in_specs=(P(batch, length), P()),
-        out_specs=P(),
-        axis_names={*batch, *length},
-    )(tokens, shared)

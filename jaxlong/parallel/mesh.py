@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,7 +28,7 @@ AXES = ("data", "fsdp", "seq", "ulysses", "tensor", "expert")
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "seq": ("seq", "ulysses"),
-    "embed": "fsdp",
+    "embed": ("fsdp", "seq", "ulysses"),  # a dimension of every matrix: parameters lie in parts over all of them
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -88,7 +89,9 @@ def make_mesh(spec: str = "data=-1", devices: Sequence[Any] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     sizes = parse_mesh(spec, len(devices))
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Axes may share a dimension of a torus, as fsdp=4,seq=64 does on 16 x 16.
+    grid = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
@@ -103,7 +106,8 @@ def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P
         axes = (rule,) if isinstance(rule, str) else (rule or ())
         kept: list[str] = []
         for axis in axes:
-            if mesh.shape[axis] > 1 and axis not in used and size % (mesh.shape[axis] * _size(mesh, kept)) == 0:
+            devices = mesh.shape.get(axis, 1)
+            if devices > 1 and axis not in used and size % (devices * _size(mesh, kept)) == 0:
                 kept.append(axis)
         used.update(kept)
         entries.append(tuple(kept) if len(kept) > 1 else kept[0] if kept else None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class Gradients(NamedTuple):
     weights: Any = None
 
 
+@runtime_checkable
 class Local(Protocol):
     """Attention on the arrays of one device. Any function `(q, k, v, meta) -> (out, lse)` is one.
 
@@ -78,8 +79,8 @@ def recomputed(
 ) -> Gradients:
     """The backward pass of a part for any `local`, which it runs again in float32.
 
-        out = sum_i w_i out_i  with  w_i = exp(lse_i - lse)
-        d out_i = w_i dout,  d lse_i = w_i (dout . (out_i - out) + dlse)
+    out = sum_i w_i out_i  with  w_i = exp(lse_i - lse)
+    d out_i = w_i dout,  d lse_i = w_i (dout . (out_i - out) + dlse)
     """
     floats = Gradients(q, k, v, meta.bias, meta.alibi_slopes, meta.weights)
 
