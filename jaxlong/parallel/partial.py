@@ -78,8 +78,8 @@ def recomputed(
 ) -> Gradients:
     """The backward pass of a part for any `local`, which it runs again in float32.
 
-        out = sum_i w_i out_i  with  w_i = exp(lse_i - lse)
-        d out_i = w_i dout,  d lse_i = w_i (dout . (out_i - out) + dlse)
+    out = sum_i w_i out_i  with  w_i = exp(lse_i - lse)
+    d out_i = w_i dout,  d lse_i = w_i (dout . (out_i - out) + dlse)
     """
     floats = Gradients(q, k, v, meta.bias, meta.alibi_slopes, meta.weights)
 
