@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlong.core.types import BadInput
+from jaxlong.parallel.torus import round_trip
 
 AXES = ("data", "fsdp", "seq", "ulysses", "tensor", "expert")
 """Every mesh has all six axes; the ones not asked for have size 1, so one table of rules serves all.
@@ -85,13 +86,19 @@ def _nearest(known: int, devices: int) -> str:
 def make_mesh(spec: str = "data=-1", devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the six axes of `AXES` from `"data=2,fsdp=2,seq=2"` (see `parse_mesh`).
 
-    Axes are of type Auto: the compiler places collectives, except in the functions of `jaxlong.parallel`.
+    Axes are of type Auto: the compiler places collectives, except in the functions of `jaxlong.parallel`. Chips of a
+    torus follow each other along "seq" from neighbour to neighbour and back, where their coordinates allow it.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = parse_mesh(spec, len(devices))
-    # Axes may share a dimension of a torus, as fsdp=4,seq=64 does on 16 x 16.
+    sizes, types = parse_mesh(spec, len(devices)), (AxisType.Auto,) * len(AXES)
+    # Two axes may share a dimension of the torus, as those of fsdp=4,seq=64 do on 16 x 16.
     grid = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = Mesh(grid, AXES, axis_types=types)
+    ring = np.moveaxis(mesh.devices, AXES.index("seq"), 0).reshape(sizes["seq"], -1)[:, 0]
+    if not all(hasattr(chip, "coords") for chip in ring):
+        return mesh
+    order = round_trip([(*chip.coords, getattr(chip, "core_on_chip", 0)) for chip in ring])
+    return mesh if order is None else Mesh(mesh.devices.take(order, AXES.index("seq")), AXES, axis_types=types)
 
 
 def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
