@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,30 @@ from jaxlong.core.types import BadInput
 
 EMPTY = -1
 """Segment id of a slot that holds nothing; no token carries it, so no query attends to it."""
+
+
+@runtime_checkable
+class Appended(Protocol):
+    """A state that grows by entries behind each other, so that what it was earlier can be read off what it is.
+
+    Methods also take states that are stacked along leading axes, as those of scanned layers are.
+    """
+
+    def holds(self, tokens: int) -> bool:
+        """Whether that many tokens fit without overwriting any."""
+        ...
+
+    def mark(self) -> Array:
+        """How far it is: small, and all that `rewind` needs."""
+        ...
+
+    def rewind(self, mark: Array) -> Any:
+        """What it was at that mark, as far as a reader or `push` can tell; nothing may be overwritten since."""
+        ...
+
+    def since(self, mark: Array, tokens: int) -> tuple[Array, ...]:
+        """The floating-point entries that the last `tokens` tokens made, which came after that mark; linear in them."""
+        ...
 
 
 class KVCache(NamedTuple):
@@ -57,6 +81,18 @@ class KVCache(NamedTuple):
             next=self.next + k.shape[1],
         )
 
+    def holds(self, tokens: int) -> bool:
+        return _holds(self, tokens)
+
+    def mark(self) -> Array:
+        return self.next
+
+    def rewind(self, mark: Array) -> KVCache:
+        return _rewind(self, mark)
+
+    def since(self, mark: Array, tokens: int) -> tuple[Array, ...]:
+        return tuple(_entries(x, mark, tokens) for x in (self.k, self.v))
+
 
 class LatentCache(NamedTuple):
     """The ring buffer of attention whose heads share one vector a token, of which keys and values are made.
@@ -97,6 +133,18 @@ class LatentCache(NamedTuple):
             segment_ids=_write(self.segment_ids, slots, segment_ids),
             next=self.next + latent.shape[1],
         )
+
+    def holds(self, tokens: int) -> bool:
+        return _holds(self, tokens)
+
+    def mark(self) -> Array:
+        return self.next
+
+    def rewind(self, mark: Array) -> LatentCache:
+        return _rewind(self, mark)
+
+    def since(self, mark: Array, tokens: int) -> tuple[Array, ...]:
+        return tuple(_entries(x, mark, tokens) for x in (self.latent, self.index) if x is not None)
 
 
 class ConvTail(NamedTuple):
@@ -146,3 +194,18 @@ def _slots(cache: KVCache | LatentCache, length: int) -> Int[Array, "T"]:
 
 def _write(buffer: Array, slots: Int[Array, "T"], new: Array) -> Array:
     return buffer.at[:, slots].set(new.astype(buffer.dtype), unique_indices=True)
+
+
+def _holds(cache: KVCache | LatentCache, tokens: int) -> bool:
+    return cache.positions.shape[-1] >= tokens
+
+
+def _rewind(cache: Any, mark: Array) -> Any:
+    slot = jnp.arange(cache.segment_ids.shape[-1])
+    segments = jnp.where(slot < mark[..., None, None], cache.segment_ids, EMPTY)
+    return cache._replace(segment_ids=segments, next=mark)
+
+
+def _entries(buffer: Array, mark: Array, tokens: int) -> Array:
+    """`tokens` slots from that one on; caches that are stacked are equally far."""
+    return jax.lax.dynamic_slice_in_dim(buffer, mark.reshape(-1)[0], tokens, axis=mark.ndim + 1)
