@@ -40,11 +40,20 @@ class Appended(Protocol):
         ...
 
 
+class KeysOnly:
+    """As the state of a mixer that `reads_keys`: asks for the sealed cache of the tokens, and mixes nothing.
+
+    A sealed cache holds the keys of a whole row, and `push` adds none: given as the state, any of the row's tokens
+    can be mixed on their own.
+    """
+
+
 class KVCache(NamedTuple):
     """Ring buffer of keys and values in which each slot carries its own position and segment.
 
     `next` counts all tokens pushed; token n lives in slot `n % S`. A cache for a mask that sees `window`
-    keys needs `window + longest chunk - 1` slots, since a chunk is written before its queries read.
+    keys needs `window + longest chunk - 1` slots, since a chunk is written before its queries read. Without `next`,
+    None, it is sealed (`KeysOnly`).
     State size: `B * S * (K * (C + V) * itemsize + 8) + 4` bytes.
     """
 
@@ -52,7 +61,7 @@ class KVCache(NamedTuple):
     v: Float[Array, "B S K V"]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
-    next: Int[Array, ""]
+    next: Int[Array, ""] | None
 
     @classmethod
     def empty(cls, batch: int, slots: int, heads: int, key_dim: int, value_dim: int, dtype) -> KVCache:
@@ -72,6 +81,8 @@ class KVCache(NamedTuple):
         segment_ids: Int[Array, "B T"],
     ) -> KVCache:
         """Append T tokens, overwriting the oldest when full. Raises BadInput if T exceeds the slots."""
+        if self.next is None:
+            return self
         index = _slots(self, k.shape[1])
         return self._replace(
             k=_write(self.k, index, k),
@@ -105,7 +116,7 @@ class LatentCache(NamedTuple):
     index: Float[Array, "B S I"] | None
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
-    next: Int[Array, ""]
+    next: Int[Array, ""] | None
 
     @classmethod
     def empty(cls, batch: int, slots: int, latent_dim: int, index_dim: int | None, dtype) -> LatentCache:
@@ -125,6 +136,8 @@ class LatentCache(NamedTuple):
         segment_ids: Int[Array, "B T"],
     ) -> LatentCache:
         """Append T tokens, overwriting the oldest when full. Raises BadInput if T exceeds the slots."""
+        if self.next is None:
+            return self
         slots = _slots(self, latent.shape[1])
         return self._replace(
             latent=_write(self.latent, slots, latent),

@@ -80,7 +80,9 @@ def sequence_attention(
     )(q, k, v, meta)
 
 
-def token_sum(local: Callable[[Any, Any], Any], tokens: Any, shared: Any, *, mesh: AbstractMesh) -> Any:
+def token_sum(
+    local: Callable[[Any, Any], Any], tokens: Any, shared: Any, *, mesh: AbstractMesh, split: P | None = None
+) -> Any:
     """`local(tokens, shared)`, a tree of sums over tokens, added up over a mesh.
 
     Each device sums over its part of the batch ("data" and "fsdp") and of the length ("seq"); the other axes stay with
@@ -89,17 +91,20 @@ def token_sum(local: Callable[[Any, Any], Any], tokens: Any, shared: Any, *, mes
     Args:
         tokens: a tree of arrays [B, T, ...].
         shared: a tree of arrays that all tokens use.
+        split: how those are cut over other mesh axes, if `local` works on a part of them.
     """
     B, T = jax.tree.leaves(tokens)[0].shape[:2]
     batch, length = _dividing(mesh, ("data", "fsdp"), B), _dividing(mesh, ("seq",), T)
-    if not batch + length:
+    split = P() if split is None else split
+    axes = {*batch, *length, *filter(None, split)}
+    if not axes:
         return local(tokens, shared)
     return jax.shard_map(
         lambda tokens, shared: lax.psum(local(tokens, shared), batch + length),
         mesh=mesh,
-        in_specs=(P(batch, length), P()),
+        in_specs=(P(batch, length), split),
         out_specs=P(),
-        axis_names={*batch, *length},
+        axis_names=axes,
     )(tokens, shared)
 
 

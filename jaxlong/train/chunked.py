@@ -238,6 +238,7 @@ class _Passes:
     def backward(self, params: Params, rows: _Rows, history: _History, draw: Draw | None) -> tuple[Params, _Told]:
         """The gradient of the mean loss, and what was measured on the way. `draw` None takes all chunks as they are."""
         cells = _Cells.of(history.last, self._tokens(rows))
+        apart = draw is not None  # then a chunk's own factor must not touch what went by it
         loss_factor, state_factor = (1.0, 1.0) if draw is None else (draw.loss, draw.state)
 
         def of_chunk(carry: Any, chunk: Batch, marks: list[Any]) -> Any:
@@ -247,18 +248,22 @@ class _Passes:
             def run(params: Params, floats: list[Array]) -> tuple[Any, Any]:
                 measured, after = self.measure(params, chunk, before.replace(floats).state())
                 after = _Cells.of(after, self._tokens(rows))
-                return (measured.loss, after.since(marks, self.chunk)), (measured, after.cells)
+                return (measured.loss, after.owed(marks, self.chunk, apart)), (measured, after.cells)
 
             (_, new), pull, (measured, after) = jax.vjp(run, params, before.floats(), has_aux=True)
-            owed = _Cells(after, cells.tree).replace(dstate).since(marks, self.chunk)
+            owed = _Cells(after, cells.tree).replace(dstate).owed(marks, self.chunk, apart)
             seeds = jax.tree.map(lambda x, like: (state_factor * x).astype(like.dtype), owed, new)
             more, dbefore = pull((loss_factor / rows.count, seeds))
             add = lambda total, x: total + x.astype(total.dtype)
-            return jax.tree.map(add, grads, more), cells.hand_on(dstate, dbefore), jax.tree.map(add, told, measured)
+            return (
+                jax.tree.map(add, grads, more),
+                cells.hand_on(dstate, dbefore, apart),
+                jax.tree.map(add, told, measured),
+            )
 
         def skip(carry: Any, chunk: Batch, marks: list[Any]) -> Any:
             grads, dstate, told = carry
-            return grads, cells.hand_on(dstate, jax.tree.map(jnp.zeros_like, dstate)), told
+            return grads, cells.hand_on(dstate, jax.tree.map(jnp.zeros_like, dstate), apart), told
 
         def step(carry: Any, chunk: Any) -> tuple[Any, None]:
             selected, *chunk = chunk
@@ -292,8 +297,8 @@ class _Passes:
         if self.model.mtp:
             raise BadInput("model.mtp", self.model.mtp, "looks at tokens of other chunks", "0 for gradients by chunks")
         chunk = jax.tree.map(lambda x: x[0], rows.chunks)
-        told = jax.eval_shape(lambda params: self._features(params, chunk, None)[1], params)
-        if names := sorted(reported(told, "losses")):
+        losses = jax.eval_shape(lambda params: reported(self._features(params, chunk, None)[1], "losses"), params)
+        if names := sorted(losses):
             why = "losses of layers over all tokens at once are no sum over chunks"
             raise BadInput("model", ", ".join(names), why, "layers without them, for gradients by chunks")
 
@@ -322,11 +327,12 @@ class _Cells:
         pairs = zip(self.cells, marks, strict=True)
         return _Cells([cell.rewind(mark) if isinstance(cell, Appended) else mark for cell, mark in pairs], self.tree)
 
-    def since(self, marks: list[Any], tokens: int) -> list[Any]:
-        """The floating-point arrays that the last tokens made or changed."""
+    def owed(self, marks: list[Any], tokens: int, apart: bool) -> list[Array]:
+        """The floating-point arrays whose gradients a chunk takes: of what grows, what the last tokens made, if the
+        gradient of the rest is to go by the chunk; else everything."""
         pairs = zip(self.cells, marks, strict=True)
-        fresh = [cell.since(mark, tokens) if isinstance(cell, Appended) else (cell,) for cell, mark in pairs]
-        return [x for arrays in fresh for x in arrays if _is_float(x)]
+        arrays = [cell.since(mark, tokens) if _goes_by(cell, apart) else jax.tree.leaves(cell) for cell, mark in pairs]
+        return [x for of_cell in arrays for x in of_cell if _is_float(x)]
 
     def floats(self) -> list[Array]:
         return [x for x in jax.tree.leaves(self.cells) if _is_float(x)]
@@ -336,16 +342,23 @@ class _Cells:
         rest = iter(floats)
         return _Cells(jax.tree.map(lambda x: next(rest) if _is_float(x) else x, self.cells), self.tree)
 
-    def hand_on(self, later: list[Array], new: list[Array]) -> list[Array]:
-        """The float32 gradient of the state before a chunk, from that of the state after it and what the chunk adds:
-        what grows was also there before, anything else was made anew."""
-        grows = [isinstance(cell, Appended) for cell in self.cells for x in jax.tree.leaves(cell) if _is_float(x)]
+    def hand_on(self, later: list[Array], new: list[Array], apart: bool) -> list[Array]:
+        """The float32 gradient of the state before a chunk: from that of the state after it, what went by the chunk,
+        and what came through it."""
+        by = [_goes_by(cell, apart) for cell in self.cells for x in jax.tree.leaves(cell) if _is_float(x)]
         wide = [x.astype(jnp.float32) for x in new]
-        return [old + x if stays else x for stays, old, x in zip(grows, later, wide, strict=True)]
+        return [old + x if goes_by else x for goes_by, old, x in zip(by, later, wide, strict=True)]
 
     def cost(self, chunks: int) -> int:
         """Bytes, roughly: what grows, its float32 gradient and copies of both; all else once a chunk."""
         return sum(nbytes(cell) * (6 if isinstance(cell, Appended) else chunks) for cell in self.cells)
+
+
+def _goes_by(cell: Any, apart: bool) -> bool:
+    """Whether the gradient of entries that a chunk only read goes by it: to be added up in float32 where entries are
+    of a narrower type. Through the chunk there is one array less."""
+    narrow = any(_is_float(x) and x.dtype != jnp.float32 for x in jax.tree.leaves(cell))
+    return isinstance(cell, Appended) and (apart or narrow)
 
 
 def _is_float(x: Any) -> bool:
