@@ -21,7 +21,7 @@ from jaxlong.inference import Runner
 from jaxlong.model import LM, init_params, logical_axes
 from jaxlong.parallel.mesh import make_mesh, partition, shard_batch
 from jaxlong.train.checkpoint import Store, check_workdir, load_params, open_checkpoint, stored_config
-from jaxlong.train.grads import accumulated, next_token_loss
+from jaxlong.train.grads import accumulated, full, next_token_loss
 from jaxlong.train.hooks import Checkpoints, JsonLines, Profile, Progress, TensorBoard
 from jaxlong.train.loop import Hook, fit
 from jaxlong.train.optim import learning_rate, make_optimizer
@@ -75,7 +75,7 @@ def train(
     )
     loss = next_token_loss(model, z_loss=recipe.z_loss, chunk=recipe.loss_chunk, mtp_weight=recipe.mtp_weight)
     rate = learning_rate(recipe.schedule, recipe.steps)
-    step = make_step(accumulated(loss, recipe.accumulation), tx, learning_rate=rate)
+    step = make_step(accumulated(full(loss), recipe.accumulation), tx, learning_rate=rate)
     create = lambda start: TrainState.create(start, tx)
 
     mesh = make_mesh(experiment.mesh)

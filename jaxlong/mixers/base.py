@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.position import Rope
+from jaxlong.core.state import KVCache, LatentCache
 from jaxlong.core.types import BadInput, State
 
 
@@ -70,6 +71,19 @@ class SharesFirstValues(Protocol):
         state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], State | None, Any]:
         """The mixer's call, with the first layer's values handed from layer to layer."""
+        ...
+
+
+@runtime_checkable
+class ReadsKeys(Protocol):
+    """A mixer whose output at a token depends on other tokens through their keys and values alone.
+
+    With its property `reads_keys` it takes `core.state.KeysOnly` and sealed caches as states.
+    """
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether its settings leave it so."""
         ...
 
 
@@ -153,11 +167,13 @@ def check_state(mixer: Any, state: State, x: Float[Array, "B T D"]) -> None:
     """Refuse a state that `mixer.init_state` would not make for inputs like x.
 
     Lengths of caches are free, all else is not: sizes that differ between the states for one token and
-    for a million are lengths.
+    for a million are lengths. Sealed caches are not checked: the same mixer has just made them.
 
     Raises:
         BadInput: the first array that differs in kind, type or shape.
     """
+    if isinstance(state, KVCache | LatentCache) and state.next is None:
+        return
     batch, _, width = x.shape
     make = lambda n: mixer.init_state(batch, n, width=width, max_chunk=n, dtype=x.dtype)
     one, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2**30))

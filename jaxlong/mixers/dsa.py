@@ -71,6 +71,10 @@ class DSA(MLA):
             raise BadInput("index_dim", self.index_dim, "float8 needs a Hadamard transform", "a power of two")
         super().__post_init__()
 
+    @property
+    def reads_keys(self) -> bool:
+        return False
+
     @nn.compact
     def __call__(
         self,

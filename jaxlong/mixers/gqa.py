@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask, causal, sliding
 from jaxlong.core.position import Alibi, NoPE, Rope
-from jaxlong.core.state import ConvTail, KVCache
+from jaxlong.core.state import ConvTail, KeysOnly, KVCache
 from jaxlong.mixers.base import (
     check_state,
     from_heads,
@@ -83,11 +83,14 @@ class GQA(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         state: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        if state is not None:
+        keys_only = isinstance(state, KeysOnly)
+        if state is not None and not keys_only:
             check_state(self, state, x)
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
         q, k, v, tail = self._project(x, segments, state)
         q, k = (rotate(self.position, a, positions) for a in (q, k))
+        if keys_only:
+            return x, KVCache(k, v, positions, segments, None)
 
         keys, cache = (k, v, positions, segment_ids), None
         if state is not None:
@@ -112,6 +115,10 @@ class GQA(nn.Module):
             o *= jax.nn.sigmoid(to_heads(self, "wg", x, self.heads, self.head_dim))
         y = from_heads(self, "wo", o, x.shape[-1])
         return y, cache if tail is None or state is None else (cache, tail)
+
+    @property
+    def reads_keys(self) -> bool:
+        return not self.conv
 
     def _scale(self) -> float:
         scale = self.head_dim**-0.5 if self.scale is None else self.scale

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask, causal, sliding
 from jaxlong.core.position import NoPE, Rope, Yarn
-from jaxlong.core.state import LatentCache
+from jaxlong.core.state import KeysOnly, LatentCache
 from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import check_state, projection, require, require_rotation, rms_norm, vector
 from jaxlong.ops.attend import Backend, attend
@@ -92,10 +92,17 @@ class MLA(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
+        if isinstance(state, KeysOnly):
+            segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
+            return x, LatentCache(self._latents(x, positions), None, positions, segments, None)
         q = self._queries(x, self._query_input(x), positions)
         latent = self._latents(x, positions)
         keys, cache, segments = self._remember(x, latent, None, positions, segment_ids, state)
         return self._attend(q, keys, positions, segments, self._weights(x)), cache
+
+    @property
+    def reads_keys(self) -> bool:
+        return True
 
     def _query_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
         """What queries are projected from: x, or its normed bottleneck."""

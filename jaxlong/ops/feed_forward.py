@@ -1,4 +1,4 @@
-"""Blockwise feed-forward: a token-wise function over a long sequence, a block of tokens at a time."""
+"""Functions of single tokens over a long sequence, a block of tokens at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def feed_forward(
         fn: a pure function that treats each token alone.
         weights: its parameters, a tree of arrays.
         block: tokens of a row to handle at once on a device, at least 1; any length works.
-        names: a PartitionSpec of logical names for each weight, by which it lies over the mesh; None is whole everywhere.
+        names: a PartitionSpec of logical names for each weight, by which it lies over the mesh; None: nowhere in parts.
     """
     if names is None:
         names = jax.tree.map(lambda w: P(*(None,) * w.ndim), weights)
@@ -47,6 +47,34 @@ def feed_forward(
         return join(lax.map(jax.checkpoint(lambda tokens: fn(whole, tokens)), split(x, block)), T)
 
     return token_map(local, x, weights, names, mesh=auto_mesh())
+
+
+def by_queries(
+    fn: Callable[[Any], Float[Array, "B b D"]], rows: Any, *, block: int, policy: Callable | None = None
+) -> Float[Array, "B T D"]:
+    """`fn(rows)` for a function of queries, a block of neighbouring tokens at a time.
+
+    Blockwise parallel transformer (Liu and Abbeel, arXiv 2305.19370, algorithm 1): `fn` may attend to keys that it
+    closes over, add what it takes, and go through a feed-forward layer; of all that only `rows` and the result exist
+    for more than one block. Each block is computed again in the backward pass, where the gradients of weights and keys
+    add up from block to block.
+
+    Args:
+        fn: a pure function that treats each token alone, given what it closes over.
+        rows: a tree of arrays [B, T, ...].
+        block: tokens of a row to handle at once, at least 1; any length works, blocks shrink to fit it.
+        policy: what is kept for the backward pass all the same.
+    """
+    length = jax.tree.leaves(rows)[0].shape[1]
+    n = -(-length // block)
+    size = -(-length // n)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, n * size - length)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+        return jnp.moveaxis(x.reshape(len(x), n, size, *x.shape[2:]), 1, 0)
+
+    blocks = lax.map(jax.checkpoint(fn, policy=policy, prevent_cse=False), jax.tree.map(cut, rows))
+    return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], n * size, -1)[:, :length]
 
 
 def split(x: Shaped[Array, "B T *rest"], block: int, *, fill: float | None = None) -> Shaped[Array, "n B m *rest"]:

@@ -38,34 +38,43 @@ def token_map(local: Local, tokens: Any, shared: Any, names: Any, *, mesh: Abstr
         names: the logical names of their dimensions, a PartitionSpec for each, by which they lie.
         mesh: None runs `local` here, on whole arrays.
     """
-    return _over_tokens(local, tokens, shared, names, mesh, whole=False)
+    split = _split(tokens, mesh)
+    return _over_tokens(local, tokens, shared, names, mesh, split, ())
 
 
-def token_sum(local: Local, tokens: Any, shared: Any, names: Any, *, mesh: AbstractMesh | None) -> Any:
-    """`local(tokens, shared, held)`, a tree of sums over tokens, added up over the mesh; else as `token_map`."""
-    return _over_tokens(local, tokens, shared, names, mesh, whole=True)
+def token_sum(
+    local: Local, tokens: Any, shared: Any, names: Any, *, mesh: AbstractMesh | None, also: tuple[str, ...] = ()
+) -> Any:
+    """`local(tokens, shared, held)`, a tree of sums over tokens, added up over the mesh; else as `token_map`.
+
+    Args:
+        also: other mesh axes, along which `local` works on a part of what is shared and never gathers it.
+    """
+    split = _split(tokens, mesh)
+    axes = split[0] + split[1]
+    total = lambda *args: lax.psum(local(*args), axes) if axes else local(*args)
+    return _over_tokens(total, tokens, shared, names, mesh, split, also, out=P())
 
 
-def _over_tokens(local: Local, tokens: Any, shared: Any, names: Any, mesh: AbstractMesh | None, whole: bool) -> Any:
+def _split(tokens: Any, mesh: AbstractMesh | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes of batch and length."""
     B, T = jax.tree.leaves(tokens)[0].shape[:2]
-    batch = () if mesh is None else dividing(mesh, ("data", "fsdp"), B)
-    length = () if mesh is None else dividing(mesh, SEQUENCE, T)
-    axes = batch + length
-    place = lambda name, x: _held(tuple(name), x, mesh, axes)
-    held = jax.tree.map(place, names, shared, is_leaf=lambda node: isinstance(node, P))
-    if not axes:
+    return ((), ()) if mesh is None else (dividing(mesh, ("data", "fsdp"), B), dividing(mesh, SEQUENCE, T))
+
+
+def _over_tokens(local: Local, tokens, shared, names, mesh, split, also, out: P | None = None) -> Any:
+    axes = split[0] + split[1]
+    place = lambda over: lambda name, x: _held(tuple(name), x, mesh, over)
+    by_name = lambda over: jax.tree.map(place(over), names, shared, is_leaf=lambda node: isinstance(node, P))
+    held = by_name(axes)
+    if not axes + also:
         return local(tokens, shared, held)
-
-    def part(tokens, shared):
-        found = local(tokens, shared, held)
-        return lax.psum(found, axes) if whole else found
-
     return jax.shard_map(
-        part,
+        lambda tokens, shared: local(tokens, shared, held),
         mesh=mesh,
-        in_specs=(P(batch, length), held),
-        out_specs=P() if whole else P(batch, length),
-        axis_names=set(axes),
+        in_specs=(P(*split), by_name(axes + also)),
+        out_specs=P(*split) if out is None else out,
+        axis_names={*axes, *also},
     )(tokens, shared)
 
 
