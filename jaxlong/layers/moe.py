@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.types import BadInput
 from jaxlong.layers.mlp import SwiGLU
+from jaxlong.ops.weights import whole
 
 ROUTERS: Mapping[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 """Logits -> affinities of a token to the experts, by name."""
@@ -76,7 +77,7 @@ class MoE(nn.Module):
         width = x.shape[-1]
         tokens = x.reshape(-1, width)
         routes = self._route(tokens)
-        weight = lambda name, a, b, axes: self._experts(name, (a, b), axes).astype(x.dtype)
+        weight = lambda name, a, b, axes: self._experts(name, (a, b), axes, x.dtype)
         y = mixture(
             tokens,
             routes,
@@ -87,13 +88,16 @@ class MoE(nn.Module):
         y = y.reshape(x.shape)
         return y + SwiGLU(self.shared * self.hidden, name="shared")(x) if self.shared else y
 
-    def _experts(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
+    def _experts(self, name: str, shape: tuple[int, int], axes: tuple[str, str], dtype: Any) -> Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
-        return self.param(name, nn.with_logical_partitioning(init, ("experts", *axes)), (self.experts, *shape))
+        names = ("experts", *axes)
+        weight = self.param(name, nn.with_logical_partitioning(init, names), (self.experts, *shape))
+        return whole(weight, names, dtype)
 
     def _route(self, tokens: Float[Array, "n D"]) -> Routes:
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None))
         router = self.param("router", init, (tokens.shape[-1], self.experts), jnp.float32)
+        router = whole(router, ("embed", None), jnp.float32)
         scores = ROUTERS[self.router](tokens.astype(jnp.float32) @ router)
         bias = jnp.zeros(self.experts)
         if self.bias_rate:

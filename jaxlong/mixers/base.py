@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from jaxlong.core.position import Rope
 from jaxlong.core.state import KVCache, LatentCache
 from jaxlong.core.types import BadInput, State
+from jaxlong.ops.weights import whole
 
 
 @runtime_checkable
@@ -95,7 +96,7 @@ def projection(
     init = nn.initializers.variance_scaling(
         1.0, "fan_in", "truncated_normal", in_axis=tuple(fan_in), out_axis=tuple(range(inputs, len(shape)))
     )
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32).astype(dtype)
+    return whole(module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32), axes, dtype)
 
 
 def vector(
@@ -106,7 +107,7 @@ def vector(
     init: Any = nn.initializers.zeros,
 ) -> Float[Array, "..."]:
     """A float32 parameter with logical axis names: a bias, a norm's scale, a gate, a decay."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return whole(module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32), axes, jnp.float32)
 
 
 def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"], eps: float = 1e-6) -> Float[Array, "*B C"]:
