@@ -18,6 +18,7 @@ from jaxlong.core.types import BadInput, State
 from jaxlong.layers.mtp import MultiToken
 from jaxlong.layers.norm import RMSNorm
 from jaxlong.mixers.base import ReadsKeys, SequenceMixer, SharesFirstValues
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.feed_forward import by_queries, feed_forward
 from jaxlong.ops.lookup import lookup
 from jaxlong.parallel.memory import named, policy
@@ -391,6 +392,28 @@ def logical_axes(model: LM) -> Any:
 
 def _init(model: LM, key: Array) -> Any:
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def distributed(model: LM, *, sequence: str, layout: str) -> LM:
+    """The same model, and parameters, with another strategy and layout of the sequence axis in all of its mixers.
+
+    Args:
+        sequence, layout: as in `jaxlong.ops.attend.Backend`.
+
+    Raises:
+        BadInput: there is no such strategy or layout.
+    """
+
+    def place(layer: Any) -> Any:
+        if isinstance(layer, Layer):
+            return Layer(place(layer.mixer), place(layer.mlp))
+        backend = getattr(layer, "backend", None)
+        return layer if backend is None else layer.clone(backend=replace(backend))
+
+    replace = lambda backend: dataclasses.replace(backend, sequence=sequence, layout=layout)
+    replace(Backend())  # refuses names, mixers or not
+    groups = {name: tuple(map(place, getattr(model, name))) for name in ("pattern", "before", "after")}
+    return model.clone(mlp=place(model.mlp), **groups)
 
 
 def extend(model: LM, scaling: Scaling) -> LM:

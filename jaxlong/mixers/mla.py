@@ -15,8 +15,9 @@ from jaxlong.core.position import NoPE, Rope, Yarn
 from jaxlong.core.state import KeysOnly, LatentCache
 from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import check_state, projection, require, require_rotation, rms_norm, vector
-from jaxlong.ops.attend import Backend, attend
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.dense import precision
+from jaxlong.ops.latent import attend_latent
 from jaxlong.ops.rotate import rotate
 
 FORMS = ("auto", "expanded", "absorbed")
@@ -157,18 +158,11 @@ class MLA(nn.Module):
         """Attention over all visible keys, in the form that `form` says, projected to the output."""
         wk, wv, wo = weights
         form = self._cheaper(q.shape[1], keys.latent.shape[1]) if self.form == "auto" else self.form
-        if form == "absorbed":
-            q, k = self._absorb(q, wk), keys.latent[:, :, None]
-            v = k  # with the rope part behind the latents, which costs less than a copy of the cache without it
-        else:
-            c, r = keys.latent[..., : self.kv_rank], keys.latent[:, :, None, self.kv_rank :]
-            k = jnp.einsum("bsr,rhc->bshc", c, wk)
-            k = jnp.concatenate([k, jnp.broadcast_to(r, (*k.shape[:3], self.rope_dim))], -1)
-            v = jnp.einsum("bsr,rhv->bshv", c, wv)
-        o = attend(
-            q,
-            k,
-            v,
+        absorbed = form == "absorbed"  # queries for the latents themselves, with the rope part behind
+        o = attend_latent(
+            self._absorb(q, wk) if absorbed else q,
+            keys.latent,
+            None if absorbed else (wk, wv),
             mask=self.mask,
             q_positions=positions,
             k_positions=keys.positions,
@@ -177,7 +171,7 @@ class MLA(nn.Module):
             scale=self._scale(),
             backend=self.backend,
         )
-        return self._project(self._expand(o, wv) if form == "absorbed" else o, wo)
+        return self._project(self._expand(o, wv) if absorbed else o, wo)
 
     def _weights(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """Wk [d_c H d_n], Wv [d_c H d_v] and Wo [H d_v D]."""

@@ -121,7 +121,8 @@ def _quickest(q, k, v, mesh, mask, axes, layout) -> str:
         layout=layout or "contiguous",
     )
     sizes = (seq, inner) if len(axes) == 2 else (math.prod(axis_sizes(mesh, axes)), 1)
-    return cost.quickest(shape, *sizes)
+    device = cost.device(mesh.abstract_device.device_kind)
+    return cost.quickest(shape, device, ring=sizes[0], ulysses=sizes[1])
 
 
 def _sequence_axes(mesh: AbstractMesh, strategy: str, queries: int, keys: int) -> tuple[str, ...]:
