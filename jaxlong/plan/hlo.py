@@ -126,7 +126,7 @@ def _executions(computations: dict[str, list[Op]], entry: str, found: Program) -
 
 def trip_count(computations: Mapping[str, list[Op]], ops: list[Op], loop: Op) -> int | None:
     """How often a loop runs, if its condition compares a counter with a constant."""
-    if known := re.search(r'known_trip_count[^\d]*(\d+)', loop.rest):
+    if known := re.search(r"known_trip_count[^\d]*(\d+)", loop.rest):
         return int(known[1])
     named = lambda part: re.search(rf"{part}=%?([\w.\-]+)", loop.rest)
     condition = {op.name: op for op in computations.get(named("condition")[1], [])}

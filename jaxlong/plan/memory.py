@@ -16,8 +16,9 @@ fragmentation) or saves (fusion) is not counted: `benchmarks/scaling` has both f
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from jaxlong.model import LM, init_params
 from jaxlong.parallel import cost
 from jaxlong.parallel.manual import SEQUENCE
 from jaxlong.parallel.mesh import AXES, parse_mesh
-from jaxlong.plan.exchange import attention_shape
+from jaxlong.plan.exchange import attention_shape, sequence_devices, strategy_of
 from jaxlong.run import sharded_state
 from jaxlong.train.grads import next_token_loss
 
@@ -67,18 +68,21 @@ class Account:
         )
 
 
-def account(experiment: Experiment, mesh: str, *, devices: int, batch: int, length: int) -> Account:
+def account(
+    experiment: Experiment, mesh: str, *, devices: int, batch: int, length: int, kind: str = "TPU v5"
+) -> Account:
     """The bytes of a training step of `batch` rows of `length` tokens.
 
     Args:
         mesh: sizes of axes, as in `parse_mesh`.
         devices: how many there are.
+        kind: of the devices, for the strategy where a mixer's backend leaves the choice.
 
     Raises:
         BadInput: the mesh does not fit the devices.
     """
     model, sizes = experiment.model, parse_mesh(mesh, devices)
-    rows, seq, tensor = sizes["data"] * sizes["fsdp"], math.prod(sizes[axis] for axis in SEQUENCE), sizes["tensor"]
+    rows, seq, tensor = sizes["data"] * sizes["fsdp"], sequence_devices(sizes), sizes["tensor"]
     shards, e = rows * seq, jnp.dtype(model.dtype).itemsize
     everywhere = lambda chip: Bytes(int(chip), int(chip) * devices)
 
@@ -88,7 +92,8 @@ def account(experiment: Experiment, mesh: str, *, devices: int, batch: int, leng
     bare = _one_round(experiment, batch, length)
     weights = _largest_round(model) / tensor
     stream = batch * length * model.width * e / shards
-    layer = bare.tokens / shards + weights * (e + 4) + 2 * stream + _held_keys(model, sizes, batch, length)
+    layer = bare.tokens / shards + weights * (e + 4) + 2 * stream
+    layer += _held_keys(model, sizes, batch, length, cost.device(kind))
     table = model.vocab * model.width / tensor
     logits = max(1, batch // rows) * min(experiment.train.loss_chunk, length // seq) * model.vocab / tensor
     return Account(
@@ -156,15 +161,9 @@ def _one_round(experiment: Experiment, batch: int, length: int) -> Kept:
     """What one round of the pattern keeps, nothing computed again: what exists while it goes backward."""
     model = experiment.model
     period, around = len(model.pattern), len(model.before) + len(model.after)
-    with_rounds = lambda n: kept(_replace_model(experiment, model.clone(remat="none", depth=around + n * period)), batch, length)
-    one, two = with_rounds(1), with_rounds(2)
+    rounds = lambda n: model.clone(remat="none", depth=around + n * period)
+    one, two = (kept(dataclasses.replace(experiment, model=rounds(n)), batch, length) for n in (1, 2))
     return Kept(two.tokens - one.tokens, two.others - one.others)
-
-
-def _replace_model(experiment: Experiment, model: LM) -> Experiment:
-    import dataclasses
-
-    return dataclasses.replace(experiment, model=model)
 
 
 def _largest_round(model: LM) -> int:
@@ -173,27 +172,16 @@ def _largest_round(model: LM) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) // model.groups
 
 
-def _held_keys(model: LM, sizes: dict[str, int], batch: int, length: int) -> float:
+def _held_keys(model: LM, sizes: Mapping[str, int], batch: int, length: int, device: cost.Device) -> float:
     """The most that a layer's strategy holds of others' keys and of gradients for them."""
     ring, inner = (sizes[axis] for axis in SEQUENCE)
     held = [0.0]
-    for mixer, _ in model.blocks:
+    for mixer in {mixer for mixer, _ in model.blocks}:
         shape = attention_shape(mixer, model, sizes, batch, length)
         if shape is not None and ring * inner > 1:
-            found = cost.costs(shape, ring=ring, ulysses=inner, device=cost.DEVICES["TPU v5"])
-            held.append(found[strategy_of(mixer, sizes)].held)
+            found = cost.costs(shape, ring=ring, ulysses=inner, device=device)
+            held.append(found[strategy_of(mixer, shape, sizes, device)].held)
     return max(held)
-
-
-def strategy_of(mixer: Any, sizes: dict[str, int]) -> str:
-    """The strategy that a mixer's backend names; the ring for "auto"."""
-    ring, inner = (sizes[axis] for axis in SEQUENCE)
-    name = getattr(getattr(mixer, "backend", None), "sequence", "ring")
-    if name in ("auto", "none"):
-        name = "ring"
-    if name == "usp" and not (ring > 1 and inner > 1):
-        name = "ring" if inner == 1 else "ulysses"
-    return name
 
 
 # States -------------------------------------------------------------------------------------------------
