@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxlong.config import Experiment
@@ -153,7 +154,8 @@ def _residuals(experiment: Experiment, batch: int, length: int) -> list[int]:
 
     jaxpr = jax.make_jaxpr(between)(params, rows).jaxpr
     arguments = {id(var) for var in jaxpr.invars}
-    found = {id(var): var.aval for var in jaxpr.outvars if id(var) not in arguments and hasattr(var, "count")}
+    made = lambda var: not isinstance(var, Literal) and id(var) not in arguments
+    found = {id(var): var.aval for var in jaxpr.outvars if made(var)}
     return [math.prod(aval.shape) * aval.dtype.itemsize for aval in found.values()]
 
 

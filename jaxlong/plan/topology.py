@@ -219,10 +219,11 @@ def lower(experiment: Experiment, mesh: Any) -> Any:
     place = NamedSharding(mesh, partition(("batch", "seq"), shape, mesh))
     rows = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     batch = Batch(*(rows(jnp.int32) for _ in range(4)), rows(jnp.float32))
+    step = program(experiment).step  # outside: nothing can be computed on devices that are only described
     with jax.set_mesh(mesh):
         state = sharded_state(experiment, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        return jitted(program(experiment).step, shardings).lower(state, batch)
+        return jitted(step, shardings).lower(state, batch)
 
 
 def _refused(error: Exception, topology: Topology, lowering: float, seconds: float) -> Report:
