@@ -119,8 +119,8 @@ def _ring_fwd(static: _Static, q: Array, k: Array, v: Array | None, meta: Meta):
 def _ring_bwd(static: _Static, residuals, cotangents):
     q, k, v, meta, out, lse = residuals
     hops, backward = lax.axis_size(static.axis), backward_of(static.local)
-    own = _pack(k, v, meta)
     (dout, dlse), (q, meta) = cotangents, lax.optimization_barrier((q, meta))
+    own = _pack(k, v, meta)
 
     def visit(i, keys, sums):
         k_i, v_i, meta_i, column = _arrived(static, i, keys, k, meta)
