@@ -36,7 +36,7 @@ STRATEGIES = ("all_gather", "ring", "ulysses", "usp")
 def sequence_attention(
     local: Local,
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
+    k: Float[Array, "B S K M"],
     v: Float[Array, "B S K V"] | None,
     meta: Meta,
     *,

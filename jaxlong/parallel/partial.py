@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,14 @@ class Gradients(NamedTuple):
     """Of everything that a part of the keys gives a gradient to, in float32; None as in the arguments."""
 
     q: Float[Array, "B T H C"]
-    k: Float[Array, "B S K C"]
+    k: Float[Array, "B S K M"]
     v: Float[Array, "B S K V"] | None
     bias: Float[Array, "#B #H #T #S"] | None = None
     alibi_slopes: Float[Array, "H"] | None = None
     weights: Any = None
 
 
+@runtime_checkable
 class Local(Protocol):
     """Attention on the arrays of one device. Any function `(q, k, v, meta) -> (out, lse)` is one.
 
