@@ -259,6 +259,9 @@ class Prefix(Mask):
     def reach(self) -> int | None:
         return None
 
+    def ahead(self) -> int | None:
+        return max(self.n - 1, 0)
+
 
 @dataclass(frozen=True)
 class Dilated(Mask):

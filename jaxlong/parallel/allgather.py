@@ -19,7 +19,7 @@ from jaxlong.parallel.partial import Local, Meta, wide
 def all_gather(
     local: Local,
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
+    k: Float[Array, "B S K M"],
     v: Float[Array, "B S K V"] | None,
     meta: Meta,
     *,

@@ -36,7 +36,7 @@ STRATEGIES = ("all_gather", "ring", "ulysses", "usp")
 def sequence_attention(
     local: Local,
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
+    k: Float[Array, "B S K M"],
     v: Float[Array, "B S K V"] | None,
     meta: Meta,
     *,
@@ -59,19 +59,24 @@ def sequence_attention(
     """
     tensor = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
     batch = dividing(mesh, ("data", "fsdp"), q.shape[0])
-    axes = _sequence_axes(mesh, strategy, q.shape[1], k.shape[1])
+    axes = dividing(mesh, SEQUENCE, q.shape[1])
+    shared = axes == dividing(mesh, axes, k.shape[1])  # else every device of these axes holds all keys
+    if strategy != "auto" and q.shape[1] > 1:
+        _require_split(mesh, strategy, q.shape[1], k.shape[1])
     keys_by_head = _divided(tensor, mesh, k.shape[2])
     same = meta.q_positions is meta.k_positions
     if same:
         meta = meta._replace(k_positions=None)
 
-    rows, by_head = P(batch, axes), P(tensor)
+    rows, columns, by_head = P(batch, axes), P(batch, axes if shared else None), P(tensor)
     bias = None if meta.bias is None else P(*_unless_shared(meta.bias, (batch, tensor, axes, None)))
     weights = None if meta.weights is None else tuple(P(None, tensor) for _ in meta.weights)
-    specs = Meta(rows, rows, rows, rows, by_head, bias, by_head, by_head, weights)
+    specs = Meta(rows, columns, rows, columns, by_head, bias, by_head, by_head, weights)
     specs = Meta(*(None if array is None else spec for array, spec in zip(meta, specs, strict=True)))
-    of_keys = P(batch, axes, keys_by_head)
-    step = _step(local, q, k, v, meta, mesh, mask, axes, strategy, layout if same else None)
+    of_keys = P(*columns, keys_by_head)
+    step = local
+    if axes and shared:
+        step = _step(local, q, k, v, meta, mesh, mask, axes, strategy, layout if same else None)
 
     def part(q, k, v, meta):
         return step(q, k, v, meta._replace(k_positions=meta.q_positions) if same else meta)
@@ -86,21 +91,30 @@ def sequence_attention(
 
 def _step(local, q, k, v, meta, mesh, mask, axes, strategy, layout):
     """What a device does with its part."""
-    if not axes:
-        return local
-    devices = math.prod(axis_sizes(mesh, axes))
-    near = window(mask, q.shape[1] // devices, layout, devices)
-    if near is not None and meta.bias is None and strategy in ("auto", "ring"):
-        return partial(halo, local, axis=axes, layout=layout, before=near[0], after=near[1])
+    length, devices = q.shape[1], math.prod(axis_sizes(mesh, axes))
+    layout = layout if meta.bias is None else None  # a bias has columns for whole devices
+    around = lambda axis, n, layout: _around(local, mask, axis, length // n, n, layout)
     if strategy == "auto":
+        windowed = around(axes, devices, layout)
+        if windowed.func is halo:
+            return windowed
         strategy = _quickest(q, k, v, mesh, mask, axes, layout)
-    if strategy == "usp" and len(axes) == 2:
-        return partial(ulysses, partial(ring, local, axis="seq", mask=mask), axis="ulysses")
+    if strategy == "usp" and len(axes) == 2:  # zigzag's parts are mixed once a group of devices has exchanged them
+        outer = around("seq", mesh.shape["seq"], layout if layout == "contiguous" else None)
+        return partial(ulysses, outer, axis="ulysses")
     if strategy == "usp":
         strategy = "ring" if axes == ("seq",) else "ulysses"
     if strategy == "ring":
-        return partial(ring, local, axis=axes, mask=mask)
+        return around(axes, devices, layout)
     return partial({"all_gather": all_gather, "ulysses": ulysses}[strategy], local, axis=axes)
+
+
+def _around(local, mask, axis, length, devices, layout) -> partial:
+    """A ring; or, of a window that reaches less far, what is around a device in the text."""
+    near = window(mask, length, layout, devices)
+    if near is None:
+        return partial(ring, local, axis=axis, mask=mask)
+    return partial(halo, local, axis=axis, layout=layout, before=near[0], after=near[1])
 
 
 def _quickest(q, k, v, mesh, mask, axes, layout) -> str:
@@ -117,24 +131,23 @@ def _quickest(q, k, v, mesh, mask, axes, layout) -> str:
         value_dim=0 if v is None else v.shape[-1],
         key_dim=k.shape[-1],
         itemsize=q.dtype.itemsize,
-        causal=mask.ahead() == 0,
+        causal=mask.ahead() is not None,
         layout=layout or "contiguous",
     )
     sizes = (seq, inner) if len(axes) == 2 else (math.prod(axis_sizes(mesh, axes)), 1)
-    device = cost.device(mesh.abstract_device.device_kind)
+    device = cost.device(mesh.abstract_device.device_kind if mesh.abstract_device else "unknown")
     return cost.quickest(shape, device, ring=sizes[0], ulysses=sizes[1])
 
 
-def _sequence_axes(mesh: AbstractMesh, strategy: str, queries: int, keys: int) -> tuple[str, ...]:
-    """The axes over which queries and keys are split alike."""
-    axes = dividing(mesh, SEQUENCE, math.gcd(queries, keys))
-    every = tuple(axis for axis in SEQUENCE if mesh.shape.get(axis, 1) > 1)
-    if strategy == "auto" or axes == every or queries == 1:
-        return axes
-    devices = math.prod(axis_sizes(mesh, every))
-    name, length = ("queries", queries) if queries % devices else ("keys", keys)
-    why = f"{length} {name} do not split over the {devices} devices of {' and '.join(every)}"
-    raise BadInput("backend.sequence", strategy, why, f"nearest: {max(1, round(length / devices)) * devices}, or auto")
+def _require_split(mesh: AbstractMesh, strategy: str, queries: int, keys: int) -> None:
+    """Refuses lengths of which a strategy that was asked for would leave devices the same work."""
+    axes = tuple(axis for axis in SEQUENCE if mesh.shape.get(axis, 1) > 1)
+    devices = math.prod(axis_sizes(mesh, axes))
+    for name, length in (("queries", queries), ("keys", keys)):
+        if length % devices:
+            why = f"{length} {name} do not split over the {devices} devices of {' and '.join(axes)}"
+            near = max(1, round(length / devices)) * devices
+            raise BadInput("backend.sequence", strategy, why, f"nearest: {near}, or auto")
 
 
 def _divided(tensor: str | None, mesh: AbstractMesh, heads: int) -> str | None:

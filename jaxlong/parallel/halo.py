@@ -35,7 +35,7 @@ def window(mask: Mask, length: int, layout: str | None, devices: int) -> tuple[i
 def halo(
     local: Local,
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B T K C"],
+    k: Float[Array, "B T K M"],
     v: Float[Array, "B T K V"] | None,
     meta: Meta,
     *,

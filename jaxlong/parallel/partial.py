@@ -37,7 +37,7 @@ class Gradients(NamedTuple):
     """Of everything that a part of the keys gives a gradient to, in float32; None as in the arguments."""
 
     q: Float[Array, "B T H C"]
-    k: Float[Array, "B S K C"]
+    k: Float[Array, "B S K M"]
     v: Float[Array, "B S K V"] | None
     bias: Float[Array, "#B #H #T #S"] | None = None
     alibi_slopes: Float[Array, "H"] | None = None

@@ -44,7 +44,7 @@ EVERYTHING = full()
 def ring(
     local: Local,
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
+    k: Float[Array, "B S K M"],
     v: Float[Array, "B S K V"] | None,
     meta: Meta,
     *,
@@ -81,7 +81,7 @@ class _Static(NamedTuple):
 class _Keys(NamedTuple):
     """What goes round: one array of numbers, k and v side by side, and one of positions (and segment ids)."""
 
-    kv: Float[Array, "B S K C+V"]
+    kv: Float[Array, "B S K M+V"]
     places: Int[Array, "i B S"]
 
 
@@ -119,8 +119,8 @@ def _ring_fwd(static: _Static, q: Array, k: Array, v: Array | None, meta: Meta):
 def _ring_bwd(static: _Static, residuals, cotangents):
     q, k, v, meta, out, lse = residuals
     hops, backward = lax.axis_size(static.axis), backward_of(static.local)
-    own = _pack(k, v, meta)
     (dout, dlse), (q, meta) = cotangents, lax.optimization_barrier((q, meta))
+    own = _pack(k, v, meta)
 
     def visit(i, keys, sums):
         k_i, v_i, meta_i, column = _arrived(static, i, keys, k, meta)
@@ -181,7 +181,9 @@ def _split(kv: Array, k: Array) -> tuple[Array, Array]:
     return kv[..., : k.shape[-1]], kv[..., k.shape[-1] :]
 
 
-def _arrived(static: _Static, i: Array, keys: _Keys, k: Array, meta: Meta) -> tuple[Array, Array | None, Meta, Array]:
+def _arrived(
+    static: _Static, i: Array | int, keys: _Keys, k: Array, meta: Meta
+) -> tuple[Array, Array | None, Meta, Array]:
     """At hop i: keys, values and meta of the device i places back, and its first column of a bias."""
     k_i, v_i = _split(keys.kv, k)
     source = (lax.axis_index(static.axis) - i) % lax.axis_size(static.axis)

@@ -48,7 +48,7 @@ def share_heads(heads: int, kv_heads: int, devices: int) -> Share:
 def ulysses(
     local: Local,
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
+    k: Float[Array, "B S K M"],
     v: Float[Array, "B S K V"] | None,
     meta: Meta,
     *,
