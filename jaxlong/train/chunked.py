@@ -276,10 +276,10 @@ class _Passes:
         (grads, _, told), _ = lax.scan(step, zeros((params, cells.floats(), told)), chunks, reverse=True)
         return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), told
 
-    def _features(self, params: Params, chunk: Batch, state: State) -> Any:
-        where = {"positions": chunk.positions, "segment_ids": chunk.segment_ids}
-        sow = {"mutable": ["losses", "metrics"]}
-        return self.model.apply({"params": params}, chunk.tokens, **where, **sow, state=state, method="features")
+    def _features(self, params: Params, chunk: Batch, state: State, collection: str = "metrics") -> Any:
+        """((hidden states, the state after), what layers sowed into the collection)."""
+        where = {"positions": chunk.positions, "segment_ids": chunk.segment_ids, "state": state}
+        return self.model.apply({"params": params}, chunk.tokens, **where, mutable=[collection], method="features")
 
     def _tokens(self, rows: _Rows) -> int:
         """Of a row, those that fill it up included."""
@@ -297,7 +297,8 @@ class _Passes:
         if self.model.mtp:
             raise BadInput("model.mtp", self.model.mtp, "looks at tokens of other chunks", "0 for gradients by chunks")
         chunk = jax.tree.map(lambda x: x[0], rows.chunks)
-        losses = jax.eval_shape(lambda params: reported(self._features(params, chunk, None)[1], "losses"), params)
+        sow = lambda params: self._features(params, chunk, None, collection="losses")[1]
+        losses = jax.eval_shape(lambda params: reported(sow(params), "losses"), params)
         if names := sorted(losses):
             why = "losses of layers over all tokens at once are no sum over chunks"
             raise BadInput("model", ", ".join(names), why, "layers without them, for gradients by chunks")
