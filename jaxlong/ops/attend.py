@@ -18,6 +18,7 @@ from jaxlong.core.types import BadInput
 from jaxlong.ops.blockwise import blockwise
 from jaxlong.ops.dense import dense
 from jaxlong.parallel.allgather import Meta, auto_mesh, sequence_attention
+from jaxlong.parallel.layout import LAYOUTS
 
 KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"dense": dense, "blockwise": blockwise}
 """Implementations by name. All take the arguments of `dense`; NotImplementedError says that one cannot take these."""
@@ -48,6 +49,8 @@ class Backend:
         sequence: what to do where the mesh of `jax.set_mesh` has an axis "seq" of more than one device. "all_gather":
             each device computes its part of the queries over all keys. "none": leave it to the compiler. "auto": the
             best there is, "all_gather" today.
+        layout: how the tokens of a row lie on those devices, a name in `jaxlong.parallel.layout.LAYOUTS`; rows come in
+            that order, with their positions and segments.
 
     Raises:
         BadInput: for a name that does not exist.
@@ -55,6 +58,7 @@ class Backend:
 
     kernel: str | tuple[str, ...] = "auto"
     sequence: str = "auto"
+    layout: str = "contiguous"
 
     def __post_init__(self):
         for name in (self.kernel,) if isinstance(self.kernel, str) else self.kernel:
@@ -62,6 +66,7 @@ class Backend:
         if not self.kernel:
             raise BadInput("backend.kernel", repr(self.kernel), "nothing to try", f"some of {', '.join(KERNELS)}")
         _known("backend.sequence", self.sequence, SEQUENCES)
+        _known("backend.layout", self.layout, LAYOUTS)
 
 
 def attend(
