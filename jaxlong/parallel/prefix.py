@@ -1,0 +1,245 @@
+"""Recurrences, convolutions and shifts along rows whose tokens lie on several devices, in spans of the text.
+
+However long a span of tokens is, to a recurrent state it does one thing: it turns the state H at its entry into
+A H + S at its exit. So every device runs its spans at once, from an empty state; summaries (A, S) are exchanged; and
+what the true entry adds to the outputs is added. Two spans in a row are one, (A2 A1, A2 S1 + S2), and
+
+    before = prefix(join, summary, chain)
+
+is what all spans before each come to, after log2 as many rounds as there are spans: in each, summaries move 1, 2, 4,
+... spans on. That is a few states a device on the wire and in memory, however long the row and wide the mesh. Where the
+layout is zigzag a device holds two spans of the text, of which one hands on to the right and one to the left; nothing
+else changes and no activation moves.
+
+A convolution needs the tokens next to its span (`halo`). A state of which there is no summary is handed from span to
+span (`hand_on`). What counts tokens by their place in the row gets them in the order of the text (`to_text`).
+
+All of these are plain functions for one's own `jax.shard_map`: they take arrays of which each row is one span,
+[B spans, T, ...] or [B spans, ...], and a `Chain`. `over_spans` is the shard_map of this library.
+
+LASP (arXiv 2404.02882) hands the state on in a ring, LASP-2 (arXiv 2502.07563) and flash-linear-attention gather all
+summaries; rounds of doubling steps are Hillis and Steele's scan (1986).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
+
+from jaxlong.core.types import BadInput
+from jaxlong.parallel.allgather import auto_mesh, vary_alike
+from jaxlong.parallel.layout import parts, spans
+from jaxlong.parallel.mesh import RULES, partition
+
+
+class Chain(NamedTuple):
+    """The spans of a row in the order of the text, on the devices of mesh axes that `jax.shard_map` has made manual.
+
+    axes: names of mesh axes; together they have n devices, the last axis fastest.
+    layout: "contiguous", a span a device, or "zigzag", two (`jaxlong.parallel.layout`).
+    """
+
+    axes: tuple[str, ...]
+    layout: str = "contiguous"
+
+    @property
+    def held(self) -> int:
+        """Spans that a device holds."""
+        return parts(self.layout, 1)
+
+    @property
+    def places(self) -> Int[np.ndarray, "N"]:
+        """Of each span of the text its place: device * held + number on the device."""
+        devices = lax.axis_size(self.axes)
+        return np.argsort(spans(devices)) if self.layout == "zigzag" else np.arange(devices)
+
+    def numbers(self) -> Int[Array, "held"]:
+        """Which spans of the text this device holds."""
+        return jnp.asarray(np.argsort(self.places))[lax.axis_index(self.axes) * self.held + jnp.arange(self.held)]
+
+    def cut(self, x: Array) -> Array:
+        """The rows of a device [B, held T, ...] as spans [B held, T, ...]."""
+        return x.reshape(x.shape[0] * self.held, -1, *x.shape[2:])
+
+    def split(self, x: Array) -> Array:
+        """[B held, ...] -> [B, held, ...]."""
+        return x.reshape(-1, self.held, *x.shape[1:])
+
+    def join(self, x: Array) -> Array:
+        """The inverse of `split`, and, for whole rows, of `cut` after it."""
+        return x.reshape(-1, *x.shape[2:])
+
+
+def earlier(x: Any, by: int, chain: Chain) -> Any:
+    """What the span `by` places earlier in the text holds (negative: later), for each span; zeros beyond the text."""
+    places = chain.places
+    source = np.full_like(places, -1)
+    if by > 0:
+        source[places[by:]] = places[:-by]
+    else:
+        source[places[:by]] = places[-by:]
+    return jax.tree.map(lambda leaf: _fetch(leaf, source, chain), x)
+
+
+def prefix(join: Callable[[Any, Any], Any], summary: Any, chain: Chain) -> Any:
+    """The summary of all spans before each span of the text, exclusively; zeros before the first.
+
+    Args:
+        join: (summary of a span or more, summary of what follows them) -> summary of both. Associative; a first
+            argument of zeros must stand for a text that begins with the second.
+    """
+    before, reach = earlier(summary, 1, chain), 1
+    while reach < len(chain.places) - 1:
+        before = join(earlier(before, reach, chain), before)
+        reach *= 2
+    return before
+
+
+def final(x: Any, chain: Chain) -> Any:
+    """What the last span of the text holds, on all devices: [B held, ...] -> [B, ...]."""
+    device, slot = divmod(int(chain.places[-1]), chain.held)
+    there = lax.axis_index(chain.axes) == device
+    return jax.tree.map(lambda leaf: lax.psum(jnp.where(there, chain.split(leaf)[:, slot], 0), chain.axes), x)
+
+
+def halo(x: Array, chain: Chain, *, before: int = 0, after: int = 0) -> Array:
+    """Spans [B held, T, ...] with the tokens next to them in the text, [B held, before + T + after, ...]; else zeros.
+
+    One exchange between neighbours for each span that the halo reaches into.
+    """
+    length = x.shape[1]
+    left = [earlier(x[:, -before:], by, chain) for by in range(-(-before // length), 0, -1)]
+    right = [earlier(x[:, :after], -by, chain) for by in range(1, 1 - (-after // length))]
+    wide = jnp.concatenate([*left, x, *right], axis=1)
+    start = sum(part.shape[1] for part in left) - before
+    return wide[:, start : start + before + length + after]
+
+
+def hand_on(step: Callable[[Any, Any], Any], tokens: Any, first: Any, chain: Chain) -> Any:
+    """The state at the entry of each span where `step(tokens, state) -> state` has gone over all spans before it.
+
+    For states of which a span has no summary. One span works at a time, so this takes as long as the whole row would
+    on one device, but no more memory than a span and a state for each turn; only the state moves. Backward the same:
+    each span is computed again. (Devices that wait work on nothing of use: a branch that only some take must
+    not hold what the compiler exchanges along other axes.)
+
+    Args:
+        tokens: arrays [B held, T, ...].
+        first: arrays [B held, ...], of which the first span of the text takes its own.
+    """
+    numbers = chain.numbers()
+
+    def turn(entry: Any, number: Array) -> tuple[Any, None]:
+        slot = jnp.argmax(numbers == number)
+        left = step(*jax.tree.map(lambda x: chain.split(x)[:, slot], (tokens, entry)))
+        came = earlier(jax.tree.map(lambda x: jnp.repeat(x, chain.held, axis=0), left), 1, chain)
+
+        def receive(old: Array, new: Array) -> Array:
+            mine = (numbers == number + 1).reshape(-1, *[1] * (old.ndim - 1))
+            return chain.join(jnp.where(mine, chain.split(new), chain.split(old)))
+
+        return jax.tree.map(receive, entry, came), None
+
+    turns = jnp.arange(len(chain.places) - 1)
+    return lax.scan(jax.checkpoint(turn, prevent_cse=False), first, turns)[0]
+
+
+def spread(length: int, layout: str) -> bool:
+    """Whether rows of that length lie in spans on several devices of the mesh of `jax.set_mesh`.
+
+    Not so inside one's own `jax.shard_map`. A contiguous length that the devices do not divide is left to the compiler.
+
+    Raises:
+        BadInput: a layout without spans, or a length that does not divide into its parts.
+    """
+    mesh = auto_mesh()
+    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _axes(mesh))
+    if devices == 1 or length == 1:
+        return False
+    if layout == "striped":
+        raise BadInput("backend.layout", layout, "leaves no two tokens in a row on a device", "zigzag")
+    count = parts(layout, devices)
+    if length % count and layout != "contiguous":
+        near = max(count, round(length / count) * count)
+        raise BadInput("length", length, f"does not divide into the {count} parts of {layout}", f"nearest: {near}")
+    return length % count == 0
+
+
+def over_spans(step: Callable[[Any, Any, Chain], tuple[Any, Any]], tokens: Any, shared: Any, *, layout: str) -> Any:
+    """`step(tokens, shared, chain)` on the spans of each device of the mesh of `jax.set_mesh`, where they are `spread`.
+
+    Manual over the axes of rows and tokens only: the compiler goes on dividing heads over others.
+
+    Args:
+        step: returns arrays of tokens, and arrays of rows [B, ...] that are alike on all devices of a row (`final`).
+        tokens: a tree of arrays [B, T, ...].
+        shared: a tree of arrays that all tokens use. Their gradients are added up across devices once.
+    """
+    mesh = auto_mesh()
+    chain = Chain(_axes(mesh), layout)
+    rows = partition(("batch",), jax.tree.leaves(tokens)[0].shape[:1], mesh)
+    batch = rows[0] if isinstance(rows[0], tuple) else tuple(filter(None, rows))
+
+    def part(tokens: Any, shared: Any) -> tuple[Any, Any]:
+        tokens, shared = vary_alike((jax.tree.map(chain.cut, tokens), shared))
+        out, end = step(tokens, shared, chain)
+        return jax.tree.map(lambda x: x.reshape(x.shape[0] // chain.held, -1, *x.shape[2:]), out), end
+
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(P(batch, chain.axes), P()),
+        out_specs=(P(batch, chain.axes), P(batch)),
+        axis_names={*batch, *chain.axes},
+    )(tokens, shared)
+
+
+def to_text(tokens: Any, layout: str) -> Any:
+    """Arrays [B T ...] of a layout in the order of the text, where they are `spread`: each device sends its spans."""
+    return _rearranged(tokens, layout, lambda chain: chain.places)
+
+
+def from_text(tokens: Any, layout: str) -> Any:
+    """The inverse of `to_text`."""
+    return _rearranged(tokens, layout, lambda chain: np.argsort(chain.places))
+
+
+def _rearranged(tokens: Any, layout: str, source: Callable[[Chain], np.ndarray]) -> Any:
+    if layout == "contiguous" or not spread(jax.tree.leaves(tokens)[0].shape[1], layout):
+        return tokens
+    fetch = lambda tokens, _, chain: (jax.tree.map(lambda x: _fetch(x, source(chain), chain), tokens), None)
+    return over_spans(fetch, tokens, None, layout=layout)
+
+
+def _axes(mesh: Any) -> tuple[str, ...]:
+    """The axes of more than one device that divide rows."""
+    rule = RULES["seq"]
+    return tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule) if mesh.shape.get(axis, 1) > 1)
+
+
+def _fetch(x: Array, source: Int[np.ndarray, "N"], chain: Chain) -> Array:
+    """Into each place of a span what lies at the place `source` of it; zeros where that is negative."""
+    x, held = chain.split(x), chain.held
+    moves = [(*divmod(here, held), *divmod(there, held)) for there, here in enumerate(source.tolist()) if here >= 0]
+
+    def into(slot: int) -> Array:
+        pairs = lambda of: [(here, there) for here, left, there, right in moves if (left, right) == (of, slot)]
+        return sum(_send(x[:, of], pairs(of), chain) for of in range(held))
+
+    return chain.join(jnp.stack([into(slot) for slot in range(held)], axis=1))
+
+
+def _send(x: Array, pairs: list[tuple[int, int]], chain: Chain) -> Array:
+    """x from the first to the second device of each pair; zeros on the others."""
+    if all(here == there for here, there in pairs):
+        stays = jnp.isin(lax.axis_index(chain.axes), jnp.asarray([here for here, _ in pairs], jnp.int32))
+        return jnp.where(stays, x, 0)
+    return lax.ppermute(x, chain.axes, pairs)
