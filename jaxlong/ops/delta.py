@@ -168,9 +168,10 @@ def _run(
     """Apply `step` to one token, or `local` to groups of chunks and the result to the state, chunk by chunk."""
     (batch, length, heads, key_dim), v = tokens[0].shape, tokens[2]
     tokens = tuple(x.astype(jnp.float32) for x in tokens)
-    s = jnp.zeros((batch, heads, key_dim, v.shape[-1]), jnp.float32) if s0 is None else s0
+    if s0 is None:
+        s0 = vary_alike((v, jnp.zeros((batch, heads, key_dim, v.shape[-1]), jnp.float32)))[1]
     if length == 1:
-        s = s if resets is None else jnp.where(resets[:, :, None, None], 0, s)
+        s = s0 if resets is None else jnp.where(resets[:, :, None, None], 0, s0)
         o, s = step(*(x[:, 0] for x in tokens), s)
         return o[:, None].astype(v.dtype), s
 
@@ -185,7 +186,7 @@ def _run(
     chunk = min(chunk, length)
     group_length = min(GROUP, -(-length // chunk)) * chunk
     groups = jax.tree.map(lambda x: split(x, group_length), (tokens, resets))
-    s, o = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), s, groups)
+    s, o = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), s0, groups)
     return join(o, length).astype(v.dtype), s
 
 
