@@ -14,7 +14,7 @@ from jaxlong.core.mask import sliding
 from jaxlong.core.position import NoPE, Rope, apply_rope
 from jaxlong.core.state import LatentCache
 from jaxlong.core.types import BadInput, State
-from jaxlong.mixers.base import projection, require, vector
+from jaxlong.mixers.base import in_text_order, projection, require, require_spans, vector
 from jaxlong.mixers.mla import MLA, Keys
 from jaxlong.ops.indexer import Sight, float8, index_loss, select_by_index
 from jaxlong.ops.select import Selection, attend_selected
@@ -69,9 +69,11 @@ class DSA(MLA):
             )
         if self.indexer_dtype == "float8" and self.index_dim & (self.index_dim - 1):
             raise BadInput("index_dim", self.index_dim, "float8 needs a Hadamard transform", "a power of two")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -13,7 +13,17 @@ from jaxlong.core.mask import Mask, causal, dilated
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import EMPTY, KVCache
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, require, require_divides, require_rotation, to_heads, vector
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    in_text_order,
+    require,
+    require_divides,
+    require_rotation,
+    require_spans,
+    to_heads,
+    vector,
+)
 from jaxlong.ops.attend import Backend, attend_with_lse, merge
 from jaxlong.ops.rotate import rotate, softmax_scale
 from jaxlong.ops.summaries import Running, Units, summarize
@@ -64,6 +74,7 @@ class Hierarchical(nn.Module):
                 "summaries", self.summaries, "as many as tokens", f"at most segment / 2 = {self.segment // 2}"
             )
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @property
@@ -81,6 +92,7 @@ class Hierarchical(nn.Module):
         return seen & dilated(self.span(level + 1), 1) if level < self.levels - 1 else seen
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -16,10 +16,12 @@ from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import (
     check_state,
     from_heads,
+    in_text_order,
     require,
     require_divides,
     require_one_of,
     require_rotation,
+    require_spans,
     to_heads,
     vector,
 )
@@ -92,6 +94,7 @@ class LongformerAttention(nn.Module):
         if self.direction == "both" and self.window % 2:
             raise BadInput("window", self.window, "both sides of a window see equally many", "even")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @property
@@ -107,6 +110,7 @@ class LongformerAttention(nn.Module):
         return sinks(self.n_global) if self.direction == "causal" else longformer(1, self.n_global)
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -16,10 +16,12 @@ from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import (
     check_state,
     from_heads,
+    in_text_order,
     require,
     require_divides,
     require_one_of,
     require_rotation,
+    require_spans,
     to_heads,
 )
 from jaxlong.ops.attend import Backend
@@ -67,9 +69,11 @@ class LongNet(nn.Module):
         if 1 not in [dilated(*branch).rate for branch in self.branches]:
             raise BadInput("branches", self.branches, "some tokens are in none", "a rate of 1 in one of them")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

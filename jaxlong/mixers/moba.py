@@ -15,7 +15,17 @@ from jaxlong.core.mask import causal
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import KVCache
 from jaxlong.core.types import State
-from jaxlong.mixers.base import check_state, from_heads, require, require_divides, require_rotation, to_heads
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    in_text_order,
+    require,
+    require_divides,
+    require_rotation,
+    require_spans,
+    to_heads,
+)
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.rotate import rotate, softmax_scale
 from jaxlong.ops.select import Selection, attend_selected, map_queries, top_k
 from jaxlong.ops.spans import Summaries, read_windows, windows
@@ -53,14 +63,17 @@ class MoBA(nn.Module):
     block: int = 512
     top_k: int = 3
     position: Rope | NoPE = Rope()
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "kv_heads", "head_dim", "block", "top_k")
         require_divides(self, "kv_heads", "heads")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

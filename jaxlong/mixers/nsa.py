@@ -18,10 +18,12 @@ from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import (
     check_state,
     from_heads,
+    in_text_order,
     projection,
     require,
     require_divides,
     require_rotation,
+    require_spans,
     to_heads,
     vector,
 )
@@ -76,6 +78,7 @@ class NSA(nn.Module):
     recent: int = 2
     window: int = 512
     position: Rope | NoPE = Rope()
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "kv_heads", "head_dim", "compress", "stride", "block", "recent", "window")
@@ -85,9 +88,11 @@ class NSA(nn.Module):
         if self.stride > self.compress:
             raise BadInput("stride", self.stride, "leaves tokens out of all windows", f"compress = {self.compress}")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -207,6 +212,7 @@ class NSA(nn.Module):
             local.v.astype(q.dtype),
             mask=sliding(self.window),
             scale=scale,
+            backend=self.backend,
             **of_cache(local),
         )
         return coarse, fine, near

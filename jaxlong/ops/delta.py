@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import corner, cumulated, decay_matrix, gated_scores, join, power_of_two, split
 from jaxlong.parallel.allgather import vary_alike
-from jaxlong.parallel.prefix import Chain, final, over_spans, prefix, spread
+from jaxlong.parallel.prefix import Chain, dense, final, over_spans, prefix, spread
 
 GROUP = 8
 """Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""
@@ -144,17 +144,10 @@ def _on_spans(run: Callable[..., tuple[Array, Array]], tokens: Any, _: None, cha
     unit = jnp.eye(k.shape[-1], wide.shape[-1], v.shape[-1])
     unit = jnp.broadcast_to(unit, (*v.shape[::2], *unit.shape))
     o, s = run((q, k, wide, *rest), vary_alike((wide, unit))[1], resets)
-    before = prefix(_joined, s, chain)
+    before = prefix(dense, s, chain)
     values = slice(v.shape[-1])
     o = o[..., values] + jnp.einsum("bthk,bhkv->bthv", o[..., values.stop :], before[..., values])
-    return o.astype(v.dtype), final(_joined(before, s)[..., values], chain)
-
-
-def _joined(early: Float[Array, "B H K VK"], late: Float[Array, "B H K VK"]) -> Float[Array, "B H K VK"]:
-    """[S | A] of a span and the one behind it: S = A2 S1 + S2 and A = A2 A1."""
-    values = late.shape[-1] - late.shape[-2]
-    s = jnp.pad(late[..., :values], [(0, 0)] * 3 + [(0, late.shape[-2])])
-    return jnp.matmul(late[..., values:], early, precision="highest") + s
+    return o.astype(v.dtype), final(dense(before, s)[..., values], chain)
 
 
 def _run(

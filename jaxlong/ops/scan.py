@@ -23,7 +23,7 @@ from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import gated_scores, join, split
 from jaxlong.ops.select import map_queries
 from jaxlong.parallel.allgather import vary_alike
-from jaxlong.parallel.prefix import Chain, final, over_spans, prefix, spread
+from jaxlong.parallel.prefix import Chain, diagonal, final, over_spans, prefix, spread
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -93,7 +93,7 @@ def _attention_on_spans(chunk: int, tokens: tuple, bonus: Array | None, chain: C
 
     log_decay = jnp.zeros((batch, length, 1)) if log_decay is None else log_decay
     enter, keep = _decays(log_decay if log_decay.ndim == 4 else log_decay[..., None], resets, bonus is not None)
-    (_, memory) = prefix(_decayed, (keep[..., None], s), chain)
+    (_, memory) = prefix(diagonal, (keep[..., None], s), chain)
     if enter.shape[-1] > 1:
         q, enter = jnp.repeat(q, heads // q.shape[2], axis=2) * enter, 1.0
     of_groups = memory.reshape(batch, q.shape[2], -1, keys, v.shape[-1])
@@ -113,11 +113,6 @@ def _decays(
         whole = open_[:, -1]
     faded = lambda seen, total: jnp.exp(jnp.where(seen, total, -jnp.inf))
     return faded(open_, _shift(total, 1, 1) if before else total), faded(whole, total[:, -1])
-
-
-def _decayed(early: tuple[Array, Array], late: tuple[Array, Array]) -> tuple[Array, Array]:
-    """(decay, state) of a span and the one behind it."""
-    return early[0] * late[0], early[1] * late[0] + late[1]
 
 
 def _repeat(x: Float[Array, "B J C K"], heads: int) -> Float[Array, "B H C K"]:
@@ -245,7 +240,7 @@ def _scan_on_spans(chunk: int, tokens: tuple, _: None, chain: Chain) -> tuple[Ar
     entry = both(zeros[:, 0], zeros[:, 0] + 1)
     states, _ = linear_scan(both(decay, decay), both(update, zeros), h0=entry, resets=resets, chunk=chunk)
     h, fade = states[..., 0], states[..., 1]
-    before = prefix(_decayed, (fade[:, -1], h[:, -1]), chain)[1]
+    before = prefix(diagonal, (fade[:, -1], h[:, -1]), chain)[1]
     h += fade * before[:, None]
     return h, final(h[:, -1], chain)
 
@@ -336,7 +331,7 @@ def _selective_on_spans(chunk: int, tokens: tuple, shared: tuple[Array, Array], 
     total = jnp.cumsum(dt, axis=1)
     fade = lambda total, documents: jnp.exp(jnp.where(documents[..., None, None] == 0, total[..., None] * a, -jnp.inf))
     keep = fade(total[:, -1:], documents[:, -1:])[:, 0]
-    before = prefix(_decayed, (keep, h), chain)[1]
+    before = prefix(diagonal, (keep, h), chain)[1]
 
     def read(tokens: tuple) -> Array:
         total, documents, c = tokens
@@ -365,7 +360,7 @@ def phase_scan(
     Returns:
         The phases, within a chunk's turns of [0, 2 pi), and the last one modulo 2 pi.
     """
-    batch, length = turn.shape[:2]
+    length = turn.shape[1]
     if phase0 is None and spread(length, backend.layout):
         return over_spans(functools.partial(_phase_on_spans, chunk), (turn, resets), None, layout=backend.layout)
     chunk = min(chunk, length)

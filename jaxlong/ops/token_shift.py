@@ -1,4 +1,4 @@
-"""The previous token of the same document, as the RWKV family mixes it into each token."""
+"""The previous token of the same document, as the RWKV family mixes it into each token, and the next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from jaxlong.core.state import ConvTail
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.short_conv import tail_before
-from jaxlong.parallel.prefix import Chain, final, over_spans, spread
+from jaxlong.parallel.prefix import Chain, final, halo, over_spans, spread
 
 
 def token_shift(
@@ -36,6 +36,18 @@ def token_shift(
     segments = jnp.concatenate([tail.segment_ids, segment_ids], axis=1)
     same = segments[:, :-1] == segment_ids
     return jnp.where(same[..., None], seen[:, :-1], 0), ConvTail(x=seen[:, -1:], segment_ids=segments[:, -1:])
+
+
+def next_token(x: Float[Array, "B T D"], *, backend: Backend = Backend()) -> Float[Array, "B T D"]:
+    """x_(t+1), or zero at the end of the row.
+
+    Args:
+        backend: its layout says how rows lie on the devices of a mesh: each span gets the token behind it.
+    """
+    if spread(x.shape[1], backend.layout):
+        behind = lambda x, _, chain: (halo(x, chain, after=1)[:, 1:], None)
+        return over_spans(behind, x, None, layout=backend.layout)[0]
+    return jnp.pad(x[:, 1:], [(0, 0), (0, 1), (0, 0)])
 
 
 def _on_spans(tokens: tuple[Array, Array], _: None, chain: Chain) -> tuple[Array, ConvTail]:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxlong.core.types import BadInput
 from jaxlong.parallel.allgather import auto_mesh, vary_alike
@@ -103,6 +103,18 @@ def prefix(join: Callable[[Any, Any], Any], summary: Any, chain: Chain) -> Any:
     return before
 
 
+def dense(early: Float[Array, "*B K VK"], late: Float[Array, "*B K VK"]) -> Float[Array, "*B K VK"]:
+    """[S | A], S [K V] and A [K K], of two spans in a row: S = A2 S1 + S2 and A = A2 A1, in full float32."""
+    values = late.shape[-1] - late.shape[-2]
+    added = jnp.pad(late[..., :values], [(0, 0)] * (late.ndim - 1) + [(0, late.shape[-2])])
+    return jnp.matmul(late[..., values:], early, precision="highest") + added
+
+
+def diagonal(early: tuple[Array, Array], late: tuple[Array, Array]) -> tuple[Array, Array]:
+    """(a, S), of shapes that broadcast, of two spans in a row: a = a2 a1 and S = a2 S1 + S2."""
+    return early[0] * late[0], early[1] * late[0] + late[1]
+
+
 def final(x: Any, chain: Chain) -> Any:
     """What the last span of the text holds, on all devices: [B held, ...] -> [B, ...]."""
     device, slot = divmod(int(chain.places[-1]), chain.held)
@@ -136,6 +148,7 @@ def hand_on(step: Callable[[Any, Any], Any], tokens: Any, first: Any, chain: Cha
         first: arrays [B held, ...], of which the first span of the text takes its own.
     """
     numbers = chain.numbers()
+    tokens, first = vary_alike((tokens, first))
 
     def turn(entry: Any, number: Array) -> tuple[Any, None]:
         slot = jnp.argmax(numbers == number)
