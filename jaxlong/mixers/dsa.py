@@ -40,6 +40,7 @@ class DSA(MLA):
 
     Paper: DeepSeek-V3.2, arXiv 2512.02556. Half-split rotation of the first d_r dimensions of qI and kI, as in the
     published weights (those of the latents are interleaved).
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: MLA's weights and the indexer's; 2 H_I (d_I + 1) T S flops to score and 4 H (d_c + d_r) T top_k to
     attend (stage "dense": what MLA costs); the loss of stage "dense" 2 H (d_c + d_r) T S more.
     State: d_c + d_r + d_I elements and 8 bytes a token, for as many tokens as MLA.

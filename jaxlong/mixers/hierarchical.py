@@ -44,6 +44,7 @@ class Hierarchical(nn.Module):
 
     Paper: no single one; segments with summaries as in Hierarchical Memory Transformer (He et al., arXiv 2405.06067),
     exact near and coarse far as in H-Transformer-1D (Zhu and Soricut, arXiv 2107.11906).
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + K) T + 2 H C T (levels - 1) N + 2 H C T^2 r / W_top flops + pooling, 12 r K C T.
     State: 2 K C elements and 8 bytes for each of min(max_len, N + max_chunk - 1) tokens; a level has 2 r K C elements
     and 8 bytes for each of ceil(max_len / W_l) units, at most N / r of them below the top, and r K (2 C + 1) float32.

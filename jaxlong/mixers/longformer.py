@@ -64,6 +64,7 @@ class LongformerAttention(nn.Module):
 
     Paper: Beltagy et al., arXiv 2004.05150. A global token has its own q, k and v for what it looks at; others look at
     it by the ordinary ones.
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + K) T, about twice that with global projections, + 4 H C T (window + n_global) flops.
     State: 2 K C elements and 8 bytes for each of min(max_len, window + max_chunk - 1) tokens, and 4 K C elements and
     4 bytes for each of n_global: constant in length. Both directions have no state.

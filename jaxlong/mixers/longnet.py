@@ -40,6 +40,7 @@ class LongNet(nn.Module):
     With the one branch (T, 1) this is full attention.
 
     Paper: Ding et al., arXiv 2307.02486.
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + K) T + sum_b 2 H C T w_b / r_b^2 flops where each row is one document, which gathers the
     kept rows; packed rows mask instead, 2 H C T w_b a branch.
     State: 2 K C elements and 8 bytes a token, for min(max_len, reach + max_chunk - 1) tokens, reach the widest

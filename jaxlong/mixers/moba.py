@@ -48,6 +48,7 @@ class MoBA(nn.Module):
 
     Paper: Lu et al., arXiv 2502.13189. Blocks are counted from the start of each document. The choice has no
     gradient: keys and queries learn through the attention of what was chosen.
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + K) T + 4 H C T top_k block + H C T^2 / block flops; gathers the keys a query reads.
     State: 2 K C elements and 8 bytes a token, K C float32 numbers and 4 bytes a block.
 

@@ -54,6 +54,7 @@ class NSA(nn.Module):
     Paper: Yuan et al., arXiv 2502.11089. Windows and blocks are counted from the start of each document. The choice
     has no gradient: scores learn through the compressed branch alone. Keys are compressed before their rotation, which
     is then that of a window's first token, so a window is the same wherever it lies.
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + 3 K) T + 4 H C T (window + top_k block) + 3 H C T^2 / stride flops.
     State: 2 K C elements and 8 bytes for each token of the selected branch and for window + max_chunk - 1 of the local
     one, 2 K C elements and 4 bytes for each finished window and for compress - 1 tokens.

@@ -60,6 +60,7 @@ class Routing(nn.Module):
     rate (mu - mean), with the normalised mean of the tokens whose best centroid it is (0 where there are none). An
     optimizer that subtracts just this, as `train.optim.self_moving` does, makes mu a moving average.
 
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 8 D C H T + 4 C T (local window + (heads - local)(members clusters members / T + clusters)) flops;
     T^1.5 for sqrt(T) clusters of sqrt(T) members.
     State: 2 C elements and 4 bytes a token for each routed head, and 2 C elements for each local head for

@@ -14,7 +14,8 @@ from jaxlong.core.state import EMPTY
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import join, split, starts
 from jaxlong.parallel.allgather import vary_alike
-from jaxlong.parallel.prefix import Chain, earlier, halo, over_spans, prefix, spread
+from jaxlong.parallel.prefix import Chain, earlier, halo, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 CELL = 512
 """Tokens that are handled together where chunks do not begin with the row, at most a chunk."""

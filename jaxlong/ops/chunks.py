@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlong.core.state import EMPTY
 from jaxlong.ops.attend import Backend
-from jaxlong.parallel.prefix import earlier, over_spans, spread
+from jaxlong.parallel.prefix import earlier
+from jaxlong.parallel.rows import over_spans, spread
 
 
 def starts(

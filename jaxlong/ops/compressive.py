@@ -16,7 +16,8 @@ from jaxlong.ops.chunk_memory import Past, followed
 from jaxlong.ops.chunks import join, split
 from jaxlong.ops.dense import precision
 from jaxlong.parallel.allgather import vary_alike
-from jaxlong.parallel.prefix import Chain, dense, earlier, final, over_spans, prefix, spread
+from jaxlong.parallel.prefix import Chain, dense, earlier, final, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 UPDATES = ("linear", "delta")
 
@@ -102,7 +103,7 @@ def compressive_memory(
 
     cells = tuple(split(x, size) for x in (q, k, v, positions % segment == 0, whole))
     state, out = jax.lax.scan(jax.checkpoint(cell), state, cells)
-    return join(out, T).reshape(B, T, H, -1), state
+    return join(out, T).reshape(B, T, H, v.shape[-1]), state
 
 
 def _on_spans(segment: int, update: str, tokens: tuple, _: None, chain: Chain) -> tuple[Array, Recurrent]:

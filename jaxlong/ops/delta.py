@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import corner, cumulated, decay_matrix, gated_scores, join, power_of_two, split
 from jaxlong.parallel.allgather import vary_alike
-from jaxlong.parallel.prefix import Chain, dense, final, over_spans, prefix, spread
+from jaxlong.parallel.prefix import Chain, dense, final, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 GROUP = 8
 """Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""

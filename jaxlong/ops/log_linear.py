@@ -18,7 +18,8 @@ from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import join, split
 from jaxlong.ops.dense import precision
 from jaxlong.parallel.allgather import vary_alike
-from jaxlong.parallel.prefix import Chain, final, over_spans, prefix, spread
+from jaxlong.parallel.prefix import Chain, final, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 
 def slots_for(levels: int, max_len: int) -> int:

@@ -23,7 +23,8 @@ from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import gated_scores, join, split
 from jaxlong.ops.select import map_queries
 from jaxlong.parallel.allgather import vary_alike
-from jaxlong.parallel.prefix import Chain, diagonal, final, over_spans, prefix, spread
+from jaxlong.parallel.prefix import Chain, diagonal, final, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.state import EMPTY, ConvTail
 from jaxlong.ops.attend import Backend
-from jaxlong.parallel.prefix import Chain, final, halo, over_spans, spread
+from jaxlong.parallel.prefix import Chain, final, halo
+from jaxlong.parallel.rows import over_spans, spread
 
 
 def short_conv(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlong.ops.attend import Backend
-from jaxlong.parallel.prefix import from_text, to_text
+from jaxlong.parallel.rows import from_text, to_text
 
 
 def text_order(call: Callable[[Any], Any], tokens: Any, *, backend: Backend) -> Any:

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from jaxlong.core.state import ConvTail
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.short_conv import tail_before
-from jaxlong.parallel.prefix import Chain, final, halo, over_spans, spread
+from jaxlong.parallel.prefix import Chain, final, halo
+from jaxlong.parallel.rows import over_spans, spread
 
 
 def token_shift(

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import split
 from jaxlong.parallel.allgather import vary_alike
-from jaxlong.parallel.prefix import Chain, final, hand_on, over_spans, spread
+from jaxlong.parallel.prefix import Chain, final, hand_on
+from jaxlong.parallel.rows import over_spans, spread
 
 CELLS = 8
 """Cells that the backward pass computes again together: the weights are kept once in this many cells."""

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import join, split
-from jaxlong.parallel.prefix import Chain, final, over_spans, prefix, spread
+from jaxlong.parallel.prefix import Chain, final, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 NEVER = -1e30
 """A logit below that of any token: its exp is 0 beside any other, and sums of many stay finite."""

@@ -12,10 +12,10 @@ layout is zigzag a device holds two spans of the text, of which one hands on to 
 else changes and no activation moves.
 
 A convolution needs the tokens next to its span (`halo`). A state of which there is no summary is handed from span to
-span (`hand_on`). What counts tokens by their place in the row gets them in the order of the text (`to_text`).
+span (`hand_on`). What counts tokens by their place in the row gets the spans in the order of the text (`moved`).
 
 All of these are plain functions for one's own `jax.shard_map`: they take arrays of which each row is one span,
-[B spans, T, ...] or [B spans, ...], and a `Chain`. `over_spans` is the shard_map of this library.
+[B spans, T, ...] or [B spans, ...], and a `Chain`. `jaxlong.parallel.rows` is the shard_map of this library.
 
 LASP (arXiv 2404.02882) hands the state on in a ring, LASP-2 (arXiv 2502.07563) and flash-linear-attention gather all
 summaries; rounds of doubling steps are Hillis and Steele's scan (1986).
@@ -23,7 +23,6 @@ summaries; rounds of doubling steps are Hillis and Steele's scan (1986).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,13 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from jaxlong.core.types import BadInput
-from jaxlong.parallel.allgather import auto_mesh, vary_alike
+from jaxlong.parallel.allgather import vary_alike
 from jaxlong.parallel.layout import parts, spans
-from jaxlong.parallel.mesh import RULES, partition
 
 
 class Chain(NamedTuple):
@@ -86,7 +82,23 @@ def earlier(x: Any, by: int, chain: Chain) -> Any:
         source[places[by:]] = places[:-by]
     else:
         source[places[:by]] = places[-by:]
-    return jax.tree.map(lambda leaf: _fetch(leaf, source, chain), x)
+    return moved(x, source, chain)
+
+
+def moved(x: Any, source: Int[np.ndarray, "N"], chain: Chain) -> Any:
+    """Into each place of a span what lies at the place `source` of it; zeros where that is negative."""
+    routes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for there, here in enumerate(source.tolist()):
+        if here >= 0:
+            (device, of), (target, to) = divmod(here, chain.held), divmod(there, chain.held)
+            routes.setdefault((of, to), []).append((device, target))
+
+    def arrange(leaf: Array) -> Array:
+        leaf = chain.split(leaf)
+        into = lambda to: sum(_send(leaf[:, of], routes.get((of, to), []), chain) for of in range(chain.held))
+        return chain.join(jnp.stack([into(to) for to in range(chain.held)], axis=1))
+
+    return jax.tree.map(arrange, x)
 
 
 def prefix(join: Callable[[Any, Any], Any], summary: Any, chain: Chain) -> Any:
@@ -163,91 +175,6 @@ def hand_on(step: Callable[[Any, Any], Any], tokens: Any, first: Any, chain: Cha
 
     turns = jnp.arange(len(chain.places) - 1)
     return lax.scan(jax.checkpoint(turn, prevent_cse=False), first, turns)[0]
-
-
-def spread(length: int, layout: str) -> bool:
-    """Whether rows of that length lie in spans on several devices of the mesh of `jax.set_mesh`.
-
-    Not so inside one's own `jax.shard_map`. A contiguous length that the devices do not divide is left to the compiler.
-
-    Raises:
-        BadInput: a layout without spans, or a length that does not divide into its parts.
-    """
-    mesh = auto_mesh()
-    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _axes(mesh))
-    if devices == 1 or length == 1:
-        return False
-    if layout == "striped":
-        raise BadInput("backend.layout", layout, "leaves no two tokens in a row on a device", "zigzag")
-    count = parts(layout, devices)
-    if length % count and layout != "contiguous":
-        near = max(count, round(length / count) * count)
-        raise BadInput("length", length, f"does not divide into the {count} parts of {layout}", f"nearest: {near}")
-    return length % count == 0
-
-
-def over_spans(step: Callable[[Any, Any, Chain], tuple[Any, Any]], tokens: Any, shared: Any, *, layout: str) -> Any:
-    """`step(tokens, shared, chain)` on the spans of each device of the mesh of `jax.set_mesh`, where they are `spread`.
-
-    Manual over the axes of rows and tokens only: the compiler goes on dividing heads over others.
-
-    Args:
-        step: returns arrays of tokens, and arrays of rows [B, ...] that are alike on all devices of a row (`final`).
-        tokens: a tree of arrays [B, T, ...].
-        shared: a tree of arrays that all tokens use. Their gradients are added up across devices once.
-    """
-    mesh = auto_mesh()
-    chain = Chain(_axes(mesh), layout)
-    rows = partition(("batch",), jax.tree.leaves(tokens)[0].shape[:1], mesh)
-    batch = rows[0] if isinstance(rows[0], tuple) else tuple(filter(None, rows))
-
-    def part(tokens: Any, shared: Any) -> tuple[Any, Any]:
-        tokens, shared = vary_alike((jax.tree.map(chain.cut, tokens), shared))
-        out, end = step(tokens, shared, chain)
-        return jax.tree.map(lambda x: x.reshape(x.shape[0] // chain.held, -1, *x.shape[2:]), out), end
-
-    return jax.shard_map(
-        part,
-        mesh=mesh,
-        in_specs=(P(batch, chain.axes), P()),
-        out_specs=(P(batch, chain.axes), P(batch)),
-        axis_names={*batch, *chain.axes},
-    )(tokens, shared)
-
-
-def to_text(tokens: Any, layout: str) -> Any:
-    """Arrays [B T ...] of a layout in the order of the text, where they are `spread`: each device sends its spans."""
-    return _rearranged(tokens, layout, lambda chain: chain.places)
-
-
-def from_text(tokens: Any, layout: str) -> Any:
-    """The inverse of `to_text`."""
-    return _rearranged(tokens, layout, lambda chain: np.argsort(chain.places))
-
-
-def _rearranged(tokens: Any, layout: str, source: Callable[[Chain], np.ndarray]) -> Any:
-    if layout == "contiguous" or not spread(jax.tree.leaves(tokens)[0].shape[1], layout):
-        return tokens
-    fetch = lambda tokens, _, chain: (jax.tree.map(lambda x: _fetch(x, source(chain), chain), tokens), None)
-    return over_spans(fetch, tokens, None, layout=layout)
-
-
-def _axes(mesh: Any) -> tuple[str, ...]:
-    """The axes of more than one device that divide rows."""
-    rule = RULES["seq"]
-    return tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule) if mesh.shape.get(axis, 1) > 1)
-
-
-def _fetch(x: Array, source: Int[np.ndarray, "N"], chain: Chain) -> Array:
-    """Into each place of a span what lies at the place `source` of it; zeros where that is negative."""
-    x, held = chain.split(x), chain.held
-    moves = [(*divmod(here, held), *divmod(there, held)) for there, here in enumerate(source.tolist()) if here >= 0]
-
-    def into(slot: int) -> Array:
-        pairs = lambda of: [(here, there) for here, left, there, right in moves if (left, right) == (of, slot)]
-        return sum(_send(x[:, of], pairs(of), chain) for of in range(held))
-
-    return chain.join(jnp.stack([into(slot) for slot in range(held)], axis=1))
 
 
 def _send(x: Array, pairs: list[tuple[int, int]], chain: Chain) -> Array:

@@ -1,105 +1,123 @@
-"""Mixers on rows that lie in spans on several devices equal one device, values and gradients, on any layout."""
+"""Spans on several devices: the plain functions in one's own shard_map, against whole rows on one device."""
 
 from __future__ import annotations
 
-import functools
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from jaxlong.mixers import MIXERS
-from jaxlong.ops.attend import Backend
-from jaxlong.parallel.layout import permute, restore
-from jaxlong.parallel.mesh import AXES
+from jaxlong.parallel.layout import order, permute, restore
+from jaxlong.parallel.prefix import Chain, dense, diagonal, earlier, final, halo, hand_on, moved, prefix
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
-WIDTH = 12
-CASES = {name: next(iter(cls.examples().values())) for name, cls in MIXERS.items()}
-ROWS = {  # devices: documents of two packed rows, with edges at and off those of spans
-    8: ((6, 13, 5, 24), (1, 2, 21, 24)),
-    3: ((8, 3, 1, 36), (17, 15, 8, 8)),
-    5: ((4, 7, 29), (20, 1, 19)),
-    7: ((3, 8, 31), (22, 1, 19)),
-}
+B, SPAN = 2, 3
+devices_and_layouts = pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+counts = pytest.mark.parametrize("sizes", [(1,), (3,), (5,), (7,), (2, 3), (8,)], ids=str)
 
 
-@functools.cache
-def params_of(name: str):
-    mixer = CASES[name]
-    init = lambda key: mixer.init(key, jnp.zeros((1, 3, WIDTH)), positions=jnp.zeros((1, 3), jnp.int32))
-    params = nn.unbox(jax.jit(init)(jax.random.key(0)))["params"]
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.2 * rng.normal(size=leaf.shape), leaf.dtype), params)
+def on_devices(function, sizes, layout, *arrays):
+    """`function(chain, *spans)` in a shard_map of one's own, over rows in the order of the text."""
+    names, n = ("x", "y")[: len(sizes)], int(np.prod(sizes))
+    chain, mesh = Chain(names, layout), Mesh(np.array(jax.devices()[:n]).reshape(sizes), names)
+
+    def part(*arrays):
+        out, end = function(chain, *map(chain.cut, arrays))
+        return jax.tree.map(lambda x: x.reshape(B, -1, *x.shape[2:]), out), end
+
+    split = jax.shard_map(part, mesh=mesh, in_specs=P(None, names), out_specs=(P(None, names), P()))
+    out, end = jax.jit(split)(*(permute(x, layout, n) for x in arrays))
+    return jax.tree.map(lambda x: restore(x, layout, n), out), end
 
 
-def rows(devices: int):
-    """Inputs, weights of the outputs, and positions and segments of packed documents and of a document a row."""
-    documents = ROWS[devices]
-    length = sum(documents[0])
-    x, weights = np.random.default_rng(2).normal(size=(2, 2, length, WIDTH)).astype(np.float32)
-    segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in documents]).astype(np.int32)
-    places = np.stack([np.concatenate([np.arange(n) for n in row]) for row in documents]).astype(np.int32)
-    count = np.tile(np.arange(length, dtype=np.int32), (2, 1))
-    return x, weights, {"packed": (places, segments), "whole": (count, None)}
+def length(sizes, layout):
+    return SPAN * int(np.prod(sizes)) * (2 if layout == "zigzag" else 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def run(name, layout, params, x, weights, where):
-    """Outputs for packed and for whole rows, and the gradients of their weighted sum."""
-    mixer = CASES[name].clone(backend=Backend(layout=layout))
-
-    def loss(params, x):
-        call = lambda places, ids: mixer.apply({"params": params}, x, positions=places, segment_ids=ids)[0]
-        y = {kind: call(*given) for kind, given in where.items()}
-        return sum((out * weights).sum() for out in y.values()), y
-
-    gradients, y = jax.grad(loss, (0, 1), has_aux=True)(params, x)
-    return y, gradients
+def numbers(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-@functools.cache
-def alone(name: str, devices: int):
-    return run(name, "contiguous", params_of(name), *rows(devices))
+def every_token(x, t):
+    """A number of a span for each of its tokens."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], t, *x.shape[1:]))
 
 
-def mesh_of(devices: int) -> Mesh:
-    sizes = [devices if axis == "seq" else 1 for axis in AXES]
-    return Mesh(np.array(jax.devices()[:devices]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+@counts
+@devices_and_layouts
+def test_prefix_of_affine_maps(sizes, layout):
+    """The state before each span, and after the last, as a loop over tokens finds them."""
+    T = length(sizes, layout)
+    a, s = numbers(B, T, 2, 2) / 2, numbers(B, T, 2, 3)
+
+    def spans(chain, a, s):
+        tokens = jnp.concatenate([s, a], axis=-1)
+        own = tokens[:, 0]
+        for t in range(1, SPAN):
+            own = dense(own, tokens[:, t])
+        before = prefix(dense, own, chain)
+        return every_token(before[..., :3], SPAN), final(dense(before, own)[..., :3], chain)
+
+    got, end = on_devices(spans, sizes, layout, a, s)
+    state, want = np.zeros((B, 2, 3)), []
+    for t in range(T):
+        want += [state] if t % SPAN == 0 else want[-1:]
+        state = a[:, t].astype(np.float64) @ state + s[:, t]
+    np.testing.assert_allclose(got, np.stack(want, axis=1), atol=2e-6)
+    np.testing.assert_allclose(end, state, atol=2e-6)
 
 
-def spread(name: str, layout: str, devices: int):
-    order = lambda a: None if a is None else permute(a, layout, devices)
-    x, weights, where = rows(devices)
-    where = {kind: tuple(map(order, given)) for kind, given in where.items()}
-    with jax.set_mesh(mesh_of(devices)):
-        y, (d_params, d_x) = run(name, layout, params_of(name), order(x), order(weights), where)
-    back = lambda a: restore(a, layout, devices)
-    return jax.tree.map(back, y), (d_params, back(d_x))
+@counts
+@devices_and_layouts
+def test_a_state_handed_on_is_what_a_prefix_finds(sizes, layout):
+    T = length(sizes, layout)
+
+    def spans(chain, a, s):
+        step = lambda tokens, h: lax.scan(lambda h, t: (t[0] * h + t[1], None), h, jax.tree.map(turn, tokens))[0]
+        turn = lambda x: jnp.moveaxis(x, 1, 0)
+        handed = hand_on(step, (a, s), jnp.zeros_like(s[:, 0]), chain)
+        found = prefix(diagonal, (jnp.prod(a, axis=1), step((a, s), jnp.zeros_like(s[:, 0]))), chain)[1]
+        return (every_token(handed, SPAN), every_token(found, SPAN)), None
+
+    (handed, found), _ = on_devices(spans, sizes, layout, numbers(B, T, 2), numbers(B, T, 2)[::-1].copy())
+    assert np.abs(handed).max() > 0 or sizes == (1,)
+    np.testing.assert_allclose(handed, found, atol=2e-6)
 
 
-def distance(got, want) -> float:
-    """The largest difference over the largest value."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return float(np.abs(got - want).max() / max(1.0, np.abs(want).max()))
+@counts
+@devices_and_layouts
+@pytest.mark.parametrize("before,after", [(2, 0), (0, 1), (3, 3), (7, 4), (100, 0)])
+def test_halo_is_the_text_around_a_span(sizes, layout, before, after):
+    """Also where it is wider than a span, or than the row."""
+    T = length(sizes, layout)
+    x = numbers(B, T, 1)
+    around = lambda chain, x: (every_token(halo(x, chain, before=before, after=after), SPAN), None)
+    got, _ = on_devices(around, sizes, layout, x)
+    wide = np.pad(x, [(0, 0), (before, after), (0, 0)])
+    for t in range(T):
+        start = t // SPAN * SPAN
+        np.testing.assert_array_equal(got[:, t], wide[:, start : start + before + SPAN + after])
 
 
-def agrees(name: str, layout: str, devices: int):
-    (y, gradients), (got, got_gradients) = alone(name, devices), spread(name, layout, devices)
-    assert all(distance(a, b) < 2e-6 for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(y), strict=True))
-    pairs = zip(jax.tree.leaves(got_gradients), jax.tree.leaves(gradients), strict=True)
-    assert all(distance(a, b) < 2e-5 for a, b in pairs)
+@counts
+@devices_and_layouts
+def test_spans_move_to_the_order_of_the_text(sizes, layout):
+    T, n = length(sizes, layout), int(np.prod(sizes))
+    x = numbers(B, T, 1)
+    row_order = lambda chain, x: (moved(x, chain.places, chain), None)
+    got, _ = on_devices(row_order, sizes, layout, x)
+    np.testing.assert_array_equal(permute(np.asarray(got), layout, n), x)
+    assert len(order(layout, T, n)) == T
 
 
-KINDS = ["kda", "gla", "mamba"]
-"""A mixer of each kind of summary, for the default run."""
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in KINDS else pytest.mark.slow) for n in CASES])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_eight_devices_equal_one(name, layout):
-    agrees(name, layout, 8)
+def test_gradients_go_back_to_the_spans_that_gave():
+    """Weights of what each span gets from the two before it."""
+    weights = numbers(B, 18, 1)
+    got = jax.grad(lambda x: (on_devices(lambda c, x: (earlier(x, 2, c), None), (3,), "zigzag", x)[0] * weights).sum())(
+        jnp.asarray(numbers(B, 18, 1))
+    )
+    np.testing.assert_array_equal(got, np.pad(weights[:, 6:], [(0, 0), (0, 6), (0, 0)]))
