@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -13,6 +15,7 @@ from jaxtyping import Float, Int
 from jaxlong.core.position import Rope
 from jaxlong.core.state import KVCache, LatentCache
 from jaxlong.core.types import BadInput, State
+from jaxlong.ops.text_order import text_order
 from jaxlong.ops.weights import whole
 
 
@@ -162,6 +165,33 @@ def require_divides(module: Any, part: str, whole: str) -> None:
     if large % small:
         divisors = [n for n in range(1, large + 1) if large % n == 0]
         raise BadInput(part, small, f"does not divide {whole} = {large}", f"one of {divisors}")
+
+
+def require_spans(module: Any) -> None:
+    """Refuse a mixer that works along the text on a layout that leaves no two tokens in a row on a device."""
+    if module.backend.layout == "striped":
+        why = f"{type(module).__name__} works along the text, and no two tokens in a row are on a device"
+        raise BadInput("backend.layout", "striped", why, "nearest: zigzag")
+
+
+def in_text_order(call: Any) -> Any:
+    """A mixer's call, for those that count tokens, blocks or documents by their place in the row.
+
+    Where the layout of rows is another, devices exchange their parts of x, positions and segments for those of a
+    contiguous layout, and the outputs back: two transfers of [B T D] a call. A call with a state is in the order of the
+    text anyway.
+    """
+
+    @functools.wraps(call)
+    def ordered(self, x, *, positions, segment_ids=None, state=None):
+        if state is not None or self.backend.layout == "contiguous":
+            return call(self, x, positions=positions, segment_ids=segment_ids, state=state)
+        # the same mixer on the same parameters
+        inner = self.clone(parent=self.scope, backend=replace(self.backend, layout="contiguous"))
+        rows = lambda tokens: inner(tokens[0], positions=tokens[1], segment_ids=tokens[2])[0]
+        return text_order(rows, (x, positions, segment_ids), backend=self.backend), None
+
+    return ordered
 
 
 def check_state(mixer: Any, state: State, x: Float[Array, "B T D"]) -> None:

@@ -21,6 +21,7 @@ from jaxlong.mixers.base import (
     require_conv,
     require_divides,
     require_rotation,
+    require_spans,
     rms_norm,
     to_heads,
     vector,
@@ -71,6 +72,8 @@ class GQA(nn.Module):
         require(self, 1, "heads", "kv_heads", "head_dim")
         require_divides(self, "kv_heads", "heads")
         require_conv(self)
+        if self.conv:
+            require_spans(self)
         require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
@@ -137,7 +140,7 @@ class GQA(nn.Module):
             qk = jnp.concatenate([q, k], axis=2)
             flat = qk.reshape(*qk.shape[:2], -1)
             kernel = vector(self, "conv", (self.conv, flat.shape[-1]), (None, None), _identity_conv)
-            flat, tail = short_conv(flat, kernel, segments, None if state is None else state[1])
+            flat, tail = short_conv(flat, kernel, segments, None if state is None else state[1], backend=self.backend)
             q, k = jnp.split(flat.reshape(qk.shape), [self.heads], axis=2)
         if self.qk_norm:
             q = rms_norm(q, vector(self, "q_norm", (self.head_dim,), ("head_dim",), nn.initializers.ones))
