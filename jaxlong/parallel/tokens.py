@@ -26,7 +26,9 @@ Local = Callable[[Any, Any, Any], Any]
 part a PartitionSpec that says by which axes `gather` makes it whole."""
 
 
-def token_map(local: Local, tokens: Any, shared: Any, names: Any, *, mesh: AbstractMesh | None) -> Any:
+def token_map(
+    local: Local, tokens: Any, shared: Any, names: Any, *, mesh: AbstractMesh | None, also: tuple[str, ...] = ()
+) -> Any:
     """`local(tokens, shared, held)`, a tree of arrays [B, T, ...], where each device has its own tokens.
 
     The batch is split over "data" and "fsdp", the length over "seq" and "ulysses"; the other axes stay with the
@@ -37,19 +39,17 @@ def token_map(local: Local, tokens: Any, shared: Any, names: Any, *, mesh: Abstr
         shared: a tree of arrays that all tokens use.
         names: the logical names of their dimensions, a PartitionSpec for each, by which they lie.
         mesh: None runs `local` here, on whole arrays.
+        also: other mesh axes, along which `local` works on a part of what is shared and never gathers it; its result
+            is alike on all of their devices.
     """
     split = _split(tokens, mesh)
-    return _over_tokens(local, tokens, shared, names, mesh, split, ())
+    return _over_tokens(local, tokens, shared, names, mesh, split, also)
 
 
 def token_sum(
     local: Local, tokens: Any, shared: Any, names: Any, *, mesh: AbstractMesh | None, also: tuple[str, ...] = ()
 ) -> Any:
-    """`local(tokens, shared, held)`, a tree of sums over tokens, added up over the mesh; else as `token_map`.
-
-    Args:
-        also: other mesh axes, along which `local` works on a part of what is shared and never gathers it.
-    """
+    """`local(tokens, shared, held)`, a tree of sums over tokens, added up over the mesh; else as `token_map`."""
     split = _split(tokens, mesh)
     axes = split[0] + split[1]
     total = lambda *args: lax.psum(local(*args), axes) if axes else local(*args)
