@@ -1,7 +1,8 @@
-"""Measure attention's implementations, or every mixer, side by side in one process.
+"""Measure attention's implementations, every mixer, or a ring of devices, side by side in one process.
 
     python -m experiments.benchmark --what=attention --lengths=4096,32768 --out=benchmarks
     python -m experiments.benchmark --what=mixers --out=benchmarks
+    python -m experiments.benchmark --what=ring --repeats=5 --out=benchmarks
     python -m experiments.benchmark --what=mixers --mixers=gqa,kda --lengths=1024 --repeats=1 --out=/tmp/quick
 
 Times are medians of alternating runs, compilation excluded; memory is what the compiler reports for temporary buffers.
@@ -16,12 +17,12 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import attention, mixers
+from experiments.benchmarks import attention, mixers, ring
 from jaxlong.core.types import BadInput
 from jaxlong.train.checkpoint import check_workdir
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("what", "attention", "what to measure: attention or mixers", flag_values=FLAGS)
+flags.DEFINE_string("what", "attention", "what to measure: attention, mixers or ring", flag_values=FLAGS)
 flags.DEFINE_list("lengths", [], "sequence lengths in tokens; each benchmark has its own", flag_values=FLAGS)
 flags.DEFINE_integer("heads", 1, "attention: query heads of the timed runs, head dim 64", flag_values=FLAGS)
 flags.DEFINE_list("mixers", [], "mixers: names in the registry; default: all", flag_values=FLAGS)
@@ -30,8 +31,8 @@ flags.DEFINE_string("out", "benchmarks", "folder of the results", flag_values=FL
 
 
 def main(overrides) -> None:
-    if FLAGS.what not in ("attention", "mixers"):
-        raise BadInput("what", FLAGS.what, "no such benchmark", "attention, mixers")
+    if FLAGS.what not in ("attention", "mixers", "ring"):
+        raise BadInput("what", FLAGS.what, "no such benchmark", "attention, mixers, ring")
     if overrides:
         raise BadInput(f"config.{overrides[0][0]}", overrides[0][1], "benchmark takes no overrides", "its flags")
     lengths = _lengths()
@@ -42,6 +43,8 @@ def main(overrides) -> None:
     check_workdir(out)
     if FLAGS.what == "attention":
         text = attention.run(out, lengths or [4096, 32768], FLAGS.heads, FLAGS.repeats)
+    elif FLAGS.what == "ring":
+        text = "\n".join(ring.run(out, length, FLAGS.repeats) for length in lengths or [4096])
     else:
         text = mixers.run(out, lengths or [4096, 8192, 16384], FLAGS.mixers, FLAGS.repeats)
     sys.stdout.write(text)

@@ -26,7 +26,7 @@ _HOME = {
     ),
     "jaxlong.layers.mlp": "SwiGLU Gelu",
     "jaxlong.layers.moe": "MoE",
-    "jaxlong.model": "LM Layer extend init_params",
+    "jaxlong.model": "LM Layer distributed extend init_params",
     "jaxlong.parallel.mesh": "make_mesh init_distributed",
     "jaxlong.data": "Data batches",
     "jaxlong.train.grads": "next_token_loss",

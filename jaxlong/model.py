@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,12 +13,15 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.position import Rope, Scaling
+from jaxlong.core.state import KeysOnly
 from jaxlong.core.types import BadInput, State
 from jaxlong.layers.mtp import MultiToken
 from jaxlong.layers.norm import RMSNorm
-from jaxlong.mixers.base import SequenceMixer, SharesFirstValues
-from jaxlong.ops.feed_forward import feed_forward
-from jaxlong.parallel.memory import policy
+from jaxlong.mixers.base import ReadsKeys, SequenceMixer, SharesFirstValues
+from jaxlong.ops.attend import Backend
+from jaxlong.ops.feed_forward import by_queries, feed_forward
+from jaxlong.ops.lookup import lookup
+from jaxlong.parallel.memory import named, policy
 from jaxlong.parallel.mesh import shard
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,6 +38,9 @@ class Layer:
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); the latter in blocks of tokens unless `mlp_block` is 0.
 
+    With a `query_block`, a row whose mixer allows it is computed in blocks of queries (blockwise parallel transformer):
+    keys and values first, then all else of a block of tokens before the next; `remat` says what is kept of a block.
+
     The feed-forward layer may be a sequence mixer too (one that looks back, or learns as it reads): then the
     state is a pair. None is no feed-forward layer. `first` are the values of the model's first layer, for mixers that
     share them.
@@ -42,6 +49,8 @@ class Block(nn.Module):
     mixer: nn.Module
     mlp: nn.Module | None
     mlp_block: int
+    query_block: int = 0
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -53,29 +62,61 @@ class Block(nn.Module):
         first: Any = None,
     ) -> tuple[Float[Array, "B T D"], State, Any]:
         where = {"positions": positions, "segment_ids": segment_ids}
+        if self.query_block and state is None and self._by_queries_works():
+            return shard(self._by_queries(x, **where), "batch", "seq", None), None, first
         of_mixer, of_mlp = state if state is not None and looks_back(self.mlp) else (state, None)
         normed = RMSNorm(name="mixer_norm")(x)
         if shares_values(self.mixer):
             y, of_mixer, first = self.mixer.mix(normed, first, **where, state=of_mixer)
         else:
             y, of_mixer = self.mixer(normed, **where, state=of_mixer)
-        x = shard(x + y, "batch", "seq", None)
+        x = shard(x + named(y, "mixer_out"), "batch", "seq", None)
         if self.mlp is None:
             return x, of_mixer, first
         normed = RMSNorm(name="mlp_norm")(x)
         if looks_back(self.mlp):
             y, of_mlp = self.mlp(normed, **where, state=of_mlp)
         elif self.mlp_block and not self.is_initializing():
-            y = feed_forward(self._token_wise(), normed, block=self.mlp_block)
+            y = self._blockwise(normed)
         else:
             y = self.mlp(normed)
         state = (of_mixer, of_mlp) if looks_back(self.mlp) else of_mixer
         return shard(x + y, "batch", "seq", None), state, first
 
-    def _token_wise(self) -> Any:
-        weights = {"params": self.variables["params"]["mlp"]}
-        mlp = self.mlp.clone(parent=None, name=None)
-        return lambda tokens: mlp.apply(weights, tokens)
+    def _blockwise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        token = jax.ShapeDtypeStruct((1, 1, x.shape[-1]), x.dtype)
+        boxed = jax.eval_shape(_fresh(self.mlp).init, jax.random.key(0), token)["params"]
+        apply = lambda weights, tokens: _fresh(self.mlp).apply({"params": weights}, tokens)
+        weights = self.variables["params"]["mlp"]
+        return feed_forward(apply, weights, x, block=self.mlp_block, names=nn.get_partition_spec(boxed))
+
+    def _by_queries_works(self) -> bool:
+        """Devices that share a sequence would fetch each other's keys again for every block."""
+        mesh = jax.sharding.get_abstract_mesh()
+        shared = any(mesh.shape.get(axis, 1) > 1 for axis in ("seq", "ulysses"))
+        return by_queries_fits(self.mixer, self.mlp) and not shared and not self.is_initializing()
+
+    def _by_queries(
+        self, x: Float[Array, "B T D"], *, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
+        mixer_norm, mlp_norm = (self._pure(RMSNorm(parent=None), name) for name in ("mixer_norm", "mlp_norm"))
+        mix = self._pure(self.mixer, "mixer")
+        mlp = None if self.mlp is None else self._pure(self.mlp, "mlp")
+        segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
+        where = {"positions": positions, "segment_ids": segments}
+        _, keys = mix(mixer_norm(x), **where, state=KeysOnly())
+
+        def of_block(tokens: dict[str, Array]) -> Array:
+            x = tokens.pop("x")
+            y, _ = mix(mixer_norm(x), **tokens, state=keys)
+            x = x + named(y, "mixer_out")
+            return x if mlp is None else x + mlp(mlp_norm(x))
+
+        return by_queries(of_block, {"x": x, **where}, block=self.query_block, policy=policy(self.remat))
+
+    def _pure(self, module: nn.Module, name: str) -> Any:
+        """A part of the block as a function of arrays, which loops may call."""
+        return partial(module.clone(parent=None, name=None).apply, {"params": self.variables["params"].get(name, {})})
 
 
 class Group(nn.Module):
@@ -84,6 +125,8 @@ class Group(nn.Module):
     layers: tuple[nn.Module | Layer, ...]
     mlp: nn.Module | None
     mlp_block: int
+    query_block: int = 0
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -93,13 +136,16 @@ class Group(nn.Module):
         segment_ids: Array | None,
         states: tuple[State, ...] | None,
     ) -> tuple[tuple[Array, Any], tuple[State, ...]]:
-        # Ties positions to the layer: otherwise XLA hoists every mask out of the scan and stores them all.
         x, first = carry
-        x, positions = jax.lax.optimization_barrier((x, positions))
         out = []
         for i, layer in enumerate(self.layers):
+            x = named(x, "block_in")
+            if i == 0:
+                # Ties positions to the layer: otherwise XLA hoists every mask out of the scan and stores them all.
+                # Behind the name, since what comes before a named value is not kept to have it again.
+                x, positions = jax.lax.optimization_barrier((x, positions))
             mixer, mlp = map(_fresh, parts(layer, self.mlp))
-            block = Block(mixer, mlp, self.mlp_block, name=f"block_{i}")
+            block = Block(mixer, mlp, self.mlp_block, self.query_block, self.remat, name=f"block_{i}")
             x, state, first = block(x, positions, segment_ids, None if states is None else states[i], first)
             out.append(state)
         return (x, first), tuple(out)
@@ -113,6 +159,12 @@ def parts(layer: nn.Module | Layer, mlp: nn.Module | None) -> tuple[nn.Module, n
 def looks_back(mlp: nn.Module | None) -> bool:
     """Whether a feed-forward layer is a sequence mixer."""
     return isinstance(mlp, SequenceMixer)
+
+
+def by_queries_fits(mixer: nn.Module, mlp: nn.Module | None) -> bool:
+    """Whether a block can be computed a block of queries at a time, once all keys are there."""
+    token_wise = not looks_back(mlp) and getattr(mlp, "blockwise", True)
+    return isinstance(mixer, ReadsKeys) and mixer.reads_keys and token_wise
 
 
 def shares_values(mixer: nn.Module) -> bool:
@@ -138,8 +190,11 @@ class LM(nn.Module):
             None, which leaves it out.
         before, after: layers around the repeated ones, which count towards `depth`.
         tied: the head is the embedding, transposed.
-        remat: a name in `jaxlong.parallel.memory.POLICIES`.
-        mlp_block: tokens a feed-forward block (blockwise parallel transformer); 0 takes all at once.
+        remat: what the backward pass keeps, from the menu of `jaxlong.parallel.memory`.
+        mlp_block: tokens a feed-forward block, on one device; 0 takes all at once.
+        query_block: tokens whose attention, residual and feed-forward layer are computed before the next ones are
+            (blockwise parallel transformer); 0 takes all at once. For layers whose mixer `reads_keys`, on rows that
+            lie whole on a device; the others go by `mlp_block`.
         dtype: of activations; parameters, norms' statistics and logits are float32.
         soft_cap: bound of the logits, c tanh(logits / c).
         mtp: tokens beyond the next that training predicts too (multi-token prediction, `layers.mtp`).
@@ -155,6 +210,7 @@ class LM(nn.Module):
     tied: bool = False
     remat: str = "none"
     mlp_block: int = 0
+    query_block: int = 0
     dtype: str = "float32"
     soft_cap: float | None = None
     mtp: int = 0
@@ -163,7 +219,7 @@ class LM(nn.Module):
         for name in ("vocab", "width", "depth"):
             if getattr(self, name) < 1:
                 raise BadInput(f"model.{name}", getattr(self, name), "must be positive", "1 or more")
-        for name in ("mlp_block", "mtp"):
+        for name in ("mlp_block", "query_block", "mtp"):
             if getattr(self, name) < 0:
                 raise BadInput(f"model.{name}", getattr(self, name), "is no number of tokens", "0 or more")
         if not self.pattern:
@@ -181,6 +237,13 @@ class LM(nn.Module):
             if self.mlp_block and not looks_back(mlp) and not getattr(mlp, "blockwise", True):
                 why = f"{type(mlp).__name__} looks at all tokens of a batch at once"
                 raise BadInput("model.mlp_block", self.mlp_block, why, "0")
+        layers = [parts(layer, self.mlp) for layer in self.layers_once]
+        if self.query_block and not any(by_queries_fits(*layer) for layer in layers):
+            names = " and ".join(
+                sorted({type(part).__name__ for layer in layers for part in layer if part is not None})
+            )
+            why = f"no layer of {names} looks at other tokens through their keys and values alone"
+            raise BadInput("model.query_block", self.query_block, why, "0, or mlp_block")
         policy(self.remat)
         super().__post_init__()
 
@@ -205,7 +268,8 @@ class LM(nn.Module):
         self.table = self.param("embed", table, (self.vocab, self.width), jnp.float32)
         group = Group if self.remat == "none" else nn.remat(Group, policy=policy(self.remat), prevent_cse=False)
         mlp = _fresh(self.mlp)
-        self.first_layers = group(self.before, mlp, self.mlp_block) if self.before else None
+        how = (mlp, self.mlp_block, self.query_block, self.remat)
+        self.first_layers = group(self.before, *how) if self.before else None
         self.layers = nn.scan(
             group,
             variable_axes={"params": 0, "losses": 0, "metrics": 0},
@@ -214,12 +278,12 @@ class LM(nn.Module):
             out_axes=0,
             length=self.groups,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.pattern, mlp, self.mlp_block)
-        self.last_layers = group(self.after, mlp, self.mlp_block) if self.after else None
+        )(self.pattern, *how)
+        self.last_layers = group(self.after, *how) if self.after else None
         self.norm = RMSNorm()
         if self.mtp:
             last = parts(self.pattern[-1], self.mlp)
-            self.ahead = [MultiToken(Group((Layer(*last),), mlp, self.mlp_block, parent=None)) for _ in range(self.mtp)]
+            self.ahead = [MultiToken(Group((Layer(*last),), *how, parent=None)) for _ in range(self.mtp)]
         if not self.tied:
             kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
             self.kernel = self.param("head", kernel, (self.width, self.vocab), jnp.float32)
@@ -265,7 +329,7 @@ class LM(nn.Module):
         return jnp.stack(out)
 
     def _embed(self, tokens: Array) -> Array:
-        return self.table.astype(self.dtype)[tokens] * self.width**0.5
+        return lookup(self.table, tokens, self.dtype) * self.width**0.5
 
     def _no_values(self, x: Array) -> Any:
         """The carry of mixers that share the first layer's values, before that layer."""
@@ -328,6 +392,28 @@ def logical_axes(model: LM) -> Any:
 
 def _init(model: LM, key: Array) -> Any:
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def distributed(model: LM, *, sequence: str, layout: str) -> LM:
+    """The same model, and parameters, with another strategy and layout of the sequence axis in all of its mixers.
+
+    Args:
+        sequence, layout: as in `jaxlong.ops.attend.Backend`.
+
+    Raises:
+        BadInput: there is no such strategy or layout.
+    """
+
+    def place(layer: Any) -> Any:
+        if isinstance(layer, Layer):
+            return Layer(place(layer.mixer), place(layer.mlp))
+        backend = getattr(layer, "backend", None)
+        return layer if backend is None else layer.clone(backend=replace(backend))
+
+    replace = lambda backend: dataclasses.replace(backend, sequence=sequence, layout=layout)
+    replace(Backend())  # refuses names, mixers or not
+    groups = {name: tuple(map(place, getattr(model, name))) for name in ("pattern", "before", "after")}
+    return model.clone(mlp=place(model.mlp), **groups)
 
 
 def extend(model: LM, scaling: Scaling) -> LM:

@@ -21,12 +21,12 @@ from jaxlong.inference import Runner
 from jaxlong.model import LM, init_params, logical_axes
 from jaxlong.parallel.mesh import make_mesh, partition, shard_batch
 from jaxlong.train.checkpoint import Store, check_workdir, load_params, open_checkpoint, stored_config
-from jaxlong.train.grads import accumulated, next_token_loss
+from jaxlong.train.grads import accumulated, full, next_token_loss
 from jaxlong.train.hooks import Checkpoints, JsonLines, Profile, Progress, TensorBoard
 from jaxlong.train.loop import Hook, fit
 from jaxlong.train.optim import learning_rate, make_optimizer
 from jaxlong.train.state import TrainState, abstract_state, leaf_name, state_shardings
-from jaxlong.train.step import make_step
+from jaxlong.train.step import Step, make_step
 
 log = logging.getLogger(__name__)
 
@@ -70,20 +70,13 @@ def train(
     stream = batches(
         experiment.data, seed=experiment.seed, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    tx = make_optimizer(
-        recipe.optimizer, recipe.schedule, steps=recipe.steps, clip=recipe.clip, axes=logical_axes(model)
-    )
-    loss = next_token_loss(model, z_loss=recipe.z_loss, chunk=recipe.loss_chunk, mtp_weight=recipe.mtp_weight)
-    rate = learning_rate(recipe.schedule, recipe.steps)
-    step = make_step(accumulated(loss, recipe.accumulation), tx, learning_rate=rate)
-    create = lambda start: TrainState.create(start, tx)
-
     mesh = make_mesh(experiment.mesh)
+    step, create = program(experiment)
     with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(lambda: create(init_params(model, jax.random.key(0))))
-        shardings = state_shardings(abstract, param_shardings(model, mesh), NamedSharding(mesh, P()))
+        target = sharded_state(experiment, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
         store = Store(workdir, config=to_data(experiment), keep=recipe.keep)
-        restored = store.restore(abstract_state(abstract, shardings))
+        restored = store.restore(target)
         if restored is not None:
             state = restored.state
             stream.set_state(restored.data)
@@ -93,7 +86,7 @@ def train(
             state = fresh(jax.random.key(experiment.seed))
         else:
             state = jax.jit(create, out_shardings=shardings)(jax.tree.map(np.asarray, params))
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        compiled = jitted(step, shardings)
         try:
             state = fit(
                 state,
@@ -106,6 +99,37 @@ def train(
         finally:
             stream.close()
     return state.params
+
+
+class Program(NamedTuple):
+    """The training step of an experiment, and the state that it makes of parameters."""
+
+    step: Step
+    create: Callable[[Any], TrainState]
+
+
+def program(experiment: Experiment) -> Program:
+    """What `train` repeats, as functions."""
+    model, recipe = experiment.model, experiment.train
+    tx = make_optimizer(
+        recipe.optimizer, recipe.schedule, steps=recipe.steps, clip=recipe.clip, axes=logical_axes(model)
+    )
+    loss = next_token_loss(model, z_loss=recipe.z_loss, chunk=recipe.loss_chunk, mtp_weight=recipe.mtp_weight)
+    rate = learning_rate(recipe.schedule, recipe.steps)
+    step = make_step(accumulated(full(loss), recipe.accumulation), tx, learning_rate=rate)
+    return Program(step, lambda params: TrainState.create(params, tx))
+
+
+def sharded_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state of training on a mesh."""
+    model = experiment.model
+    abstract = jax.eval_shape(lambda: program(experiment).create(init_params(model, jax.random.key(0))))
+    return abstract_state(abstract, state_shardings(abstract, param_shardings(model, mesh), NamedSharding(mesh, P())))
+
+
+def jitted(step: Step, shardings: TrainState) -> Any:
+    """The step as one program: it takes the place of its state in memory."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def check(experiment: Experiment, workdir: str | Path, params: Any = None) -> None:

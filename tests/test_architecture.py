@@ -24,6 +24,16 @@ MAY_IMPORT = {
     "jaxlong.evals": ("jaxlong.core.types", "jaxlong.evals"),
     "jaxlong.train": ("jaxlong.core", "jaxlong.parallel", "jaxlong.ops.loss", "jaxlong.train"),
     "jaxlong.inference": ("jaxlong.core", "jaxlong.model", "jaxlong.inference"),
+    # what a run is made of is told by the run itself: its step, its state, its flops
+    "jaxlong.plan": (
+        "jaxlong.core",
+        "jaxlong.model",
+        "jaxlong.parallel",
+        "jaxlong.train",
+        "jaxlong.config",
+        "jaxlong.run",
+        "jaxlong.plan",
+    ),
     "jaxlong.config": ("jaxlong",),
     "jaxlong.run": ("jaxlong",),
     "jaxlong": ("jaxlong",),

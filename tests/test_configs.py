@@ -25,6 +25,10 @@ PUBLISHED = [name for name in FILES if name not in SMALL and name not in ("tiny"
 
 PARAMETERS = {
     "llama3_8b": 8.03e9,
+    "llama_3b": 3.43e9,
+    "llama_7b": 6.74e9,
+    "llama_13b": 13.02e9,
+    "llama_30b": 32.53e9,
     "moba_8b": 8.03e9,
     "deepseek_v3": 671.03e9 + 11.6e9,  # and the predictor of one more token, whose embedding and head are shared
     "rwkv4_7b": 7.39e9,

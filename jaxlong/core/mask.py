@@ -60,6 +60,10 @@ class Mask(abc.ABC):
         For composed masks an upper bound. It sizes ring-buffer caches.
         """
 
+    def ahead(self) -> int | None:
+        """The largest `k - q` of a visible pair, 0 if none is ahead; None if unbounded. An upper bound, as `reach`."""
+        return None
+
     def __and__(self, other: Mask) -> Mask:
         return And(self, other)
 
@@ -92,8 +96,10 @@ class And(Mask):
         return any_a & any_b, all_a & all_b
 
     def reach(self) -> int | None:
-        reaches = [r for r in (self.a.reach(), self.b.reach()) if r is not None]
-        return min(reaches, default=None)
+        return _least(self.a.reach(), self.b.reach())
+
+    def ahead(self) -> int | None:
+        return _least(self.a.ahead(), self.b.ahead())
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,10 @@ class Or(Mask):
         return any_a | any_b, all_a | all_b
 
     def reach(self) -> int | None:
-        a, b = self.a.reach(), self.b.reach()
-        return None if a is None or b is None else max(a, b)
+        return _most(self.a.reach(), self.b.reach())
+
+    def ahead(self) -> int | None:
+        return _most(self.a.ahead(), self.b.ahead())
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,9 @@ class Causal(Mask):
     def reach(self) -> int | None:
         return None
 
+    def ahead(self) -> int | None:
+        return 0
+
 
 @dataclass(frozen=True)
 class Sliding(Mask):
@@ -201,6 +212,9 @@ class Sliding(Mask):
     def reach(self) -> int | None:
         return self.left
 
+    def ahead(self) -> int | None:
+        return self.right
+
 
 @dataclass(frozen=True)
 class Sinks(Mask):
@@ -223,6 +237,9 @@ class Sinks(Mask):
     def reach(self) -> int | None:
         return None
 
+    def ahead(self) -> int | None:
+        return 0
+
 
 @dataclass(frozen=True)
 class Prefix(Mask):
@@ -241,6 +258,9 @@ class Prefix(Mask):
 
     def reach(self) -> int | None:
         return None
+
+    def ahead(self) -> int | None:
+        return max(self.n - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -280,6 +300,9 @@ class Dilated(Mask):
     def reach(self) -> int | None:
         return (self.segment - 1) // self.rate * self.rate + 1
 
+    def ahead(self) -> int | None:
+        return self.reach() - 1
+
 
 @dataclass(frozen=True)
 class Strided(Mask):
@@ -307,6 +330,9 @@ class Strided(Mask):
 
     def reach(self) -> int | None:
         return None
+
+    def ahead(self) -> int | None:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -352,6 +378,9 @@ class Fixed(Mask):
     def reach(self) -> int | None:
         return None
 
+    def ahead(self) -> int | None:
+        return 0
+
 
 @dataclass(frozen=True)
 class Longformer(Mask):
@@ -376,6 +405,9 @@ class Longformer(Mask):
 
     def reach(self) -> int | None:
         return self.window if self.n_global == 0 else None
+
+    def ahead(self) -> int | None:
+        return 0 if self.n_global == 0 else None
 
 
 @dataclass(frozen=True)
@@ -419,6 +451,9 @@ class BigBird(Mask):
 
     def reach(self) -> int | None:
         return (self.window // 2 + 1) * self.block if self.n_global == self.n_random == 0 else None
+
+    def ahead(self) -> int | None:
+        return None if self.reach() is None else self.reach() - 1
 
     @property
     def _near(self) -> Sliding:
@@ -477,6 +512,15 @@ def _window_or_first(
     # all: what is left without the first queries and keys must be in the window
     _, rest = window.tile(xp.maximum(q0, first), q1, xp.maximum(k0, first), k1)
     return near | (q0 < first) | (k0 < first), rest | (q1 < first) | (k1 < first)
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    """The smaller of two bounds, None for none."""
+    return min((bound for bound in (a, b) if bound is not None), default=None)
+
+
+def _most(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else max(a, b)
 
 
 def _whole(field: str, value: object, low: int, why: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,44 @@ EMPTY = -1
 """Segment id of a slot that holds nothing; no token carries it, so no query attends to it."""
 
 
+@runtime_checkable
+class Appended(Protocol):
+    """A state that grows by entries behind each other, so that what it was earlier can be read off what it is.
+
+    Methods also take states that are stacked along leading axes, as those of scanned layers are.
+    """
+
+    def holds(self, tokens: int) -> bool:
+        """Whether that many tokens fit without overwriting any."""
+        ...
+
+    def mark(self) -> Array:
+        """How far it is: small, and all that `rewind` needs."""
+        ...
+
+    def rewind(self, mark: Array) -> Any:
+        """What it was at that mark, as far as a reader or `push` can tell; nothing may be overwritten since."""
+        ...
+
+    def since(self, mark: Array, tokens: int) -> tuple[Array, ...]:
+        """The floating-point entries that the last `tokens` tokens made, which came after that mark; linear in them."""
+        ...
+
+
+class KeysOnly:
+    """As the state of a mixer that `reads_keys`: asks for the sealed cache of the tokens, and mixes nothing.
+
+    A sealed cache holds the keys of a whole row, and `push` adds none: given as the state, any of the row's tokens
+    can be mixed on their own.
+    """
+
+
 class KVCache(NamedTuple):
     """Ring buffer of keys and values in which each slot carries its own position and segment.
 
     `next` counts all tokens pushed; token n lives in slot `n % S`. A cache for a mask that sees `window`
-    keys needs `window + longest chunk - 1` slots, since a chunk is written before its queries read.
+    keys needs `window + longest chunk - 1` slots, since a chunk is written before its queries read. Without `next`,
+    None, it is sealed (`KeysOnly`).
     State size: `B * S * (K * (C + V) * itemsize + 8) + 4` bytes.
     """
 
@@ -28,7 +61,7 @@ class KVCache(NamedTuple):
     v: Float[Array, "B S K V"]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
-    next: Int[Array, ""]
+    next: Int[Array, ""] | None
 
     @classmethod
     def empty(cls, batch: int, slots: int, heads: int, key_dim: int, value_dim: int, dtype) -> KVCache:
@@ -48,6 +81,8 @@ class KVCache(NamedTuple):
         segment_ids: Int[Array, "B T"],
     ) -> KVCache:
         """Append T tokens, overwriting the oldest when full. Raises BadInput if T exceeds the slots."""
+        if self.next is None:
+            return self
         index = _slots(self, k.shape[1])
         return self._replace(
             k=_write(self.k, index, k),
@@ -56,6 +91,18 @@ class KVCache(NamedTuple):
             segment_ids=_write(self.segment_ids, index, segment_ids),
             next=self.next + k.shape[1],
         )
+
+    def holds(self, tokens: int) -> bool:
+        return _holds(self, tokens)
+
+    def mark(self) -> Array:
+        return self.next
+
+    def rewind(self, mark: Array) -> KVCache:
+        return _rewind(self, mark)
+
+    def since(self, mark: Array, tokens: int) -> tuple[Array, ...]:
+        return tuple(_entries(x, mark, tokens) for x in (self.k, self.v))
 
 
 class LatentCache(NamedTuple):
@@ -69,7 +116,7 @@ class LatentCache(NamedTuple):
     index: Float[Array, "B S I"] | None
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
-    next: Int[Array, ""]
+    next: Int[Array, ""] | None
 
     @classmethod
     def empty(cls, batch: int, slots: int, latent_dim: int, index_dim: int | None, dtype) -> LatentCache:
@@ -89,6 +136,8 @@ class LatentCache(NamedTuple):
         segment_ids: Int[Array, "B T"],
     ) -> LatentCache:
         """Append T tokens, overwriting the oldest when full. Raises BadInput if T exceeds the slots."""
+        if self.next is None:
+            return self
         slots = _slots(self, latent.shape[1])
         return self._replace(
             latent=_write(self.latent, slots, latent),
@@ -97,6 +146,18 @@ class LatentCache(NamedTuple):
             segment_ids=_write(self.segment_ids, slots, segment_ids),
             next=self.next + latent.shape[1],
         )
+
+    def holds(self, tokens: int) -> bool:
+        return _holds(self, tokens)
+
+    def mark(self) -> Array:
+        return self.next
+
+    def rewind(self, mark: Array) -> LatentCache:
+        return _rewind(self, mark)
+
+    def since(self, mark: Array, tokens: int) -> tuple[Array, ...]:
+        return tuple(_entries(x, mark, tokens) for x in (self.latent, self.index) if x is not None)
 
 
 class ConvTail(NamedTuple):
@@ -146,3 +207,18 @@ def _slots(cache: KVCache | LatentCache, length: int) -> Int[Array, "T"]:
 
 def _write(buffer: Array, slots: Int[Array, "T"], new: Array) -> Array:
     return buffer.at[:, slots].set(new.astype(buffer.dtype), unique_indices=True)
+
+
+def _holds(cache: KVCache | LatentCache, tokens: int) -> bool:
+    return cache.positions.shape[-1] >= tokens
+
+
+def _rewind(cache: Any, mark: Array) -> Any:
+    slot = jnp.arange(cache.segment_ids.shape[-1])
+    segments = jnp.where(slot < mark[..., None, None], cache.segment_ids, EMPTY)
+    return cache._replace(segment_ids=segments, next=mark)
+
+
+def _entries(buffer: Array, mark: Array, tokens: int) -> Array:
+    """`tokens` slots from that one on; caches that are stacked are equally far."""
+    return jax.lax.dynamic_slice_in_dim(buffer, mark.reshape(-1)[0], tokens, axis=mark.ndim + 1)

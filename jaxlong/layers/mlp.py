@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
+
+from jaxlong.ops.weights import whole
 
 
 class SwiGLU(nn.Module):
@@ -17,9 +21,9 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         width = x.shape[-1]
-        gate = dense(self, "gate", (width, self.hidden), ("embed", "mlp")).astype(x.dtype)
-        up = dense(self, "up", (width, self.hidden), ("embed", "mlp")).astype(x.dtype)
-        down = dense(self, "down", (self.hidden, width), ("mlp", "embed")).astype(x.dtype)
+        gate = dense(self, "gate", (width, self.hidden), ("embed", "mlp"), x.dtype)
+        up = dense(self, "up", (width, self.hidden), ("embed", "mlp"), x.dtype)
+        down = dense(self, "down", (self.hidden, width), ("mlp", "embed"), x.dtype)
         return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -31,14 +35,16 @@ class Gelu(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         width = x.shape[-1]
-        up = dense(self, "up", (width, self.hidden), ("embed", "mlp")).astype(x.dtype)
-        down = dense(self, "down", (self.hidden, width), ("mlp", "embed")).astype(x.dtype)
+        up = dense(self, "up", (width, self.hidden), ("embed", "mlp"), x.dtype)
+        down = dense(self, "down", (self.hidden, width), ("mlp", "embed"), x.dtype)
         return jax.nn.gelu(x @ up) @ down
 
 
-def dense(module: nn.Module, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Float[Array, "D F"]:
+def dense(
+    module: nn.Module, name: str, shape: tuple[int, int], axes: tuple[str, str], dtype: Any
+) -> Float[Array, "D F"]:
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-    return module.param(name, init, shape, jnp.float32)
+    return whole(module.param(name, init, shape, jnp.float32), axes, dtype)
 
 
 FEED_FORWARDS = {"swiglu": SwiGLU, "gelu": Gelu}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +13,8 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.types import BadInput
 from jaxlong.layers.mlp import SwiGLU
+from jaxlong.ops.experts import mixture
+from jaxlong.ops.weights import whole
 
 ROUTERS: Mapping[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 """Logits -> affinities of a token to the experts, by name."""
@@ -74,38 +75,38 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         width = x.shape[-1]
-        tokens = x.reshape(-1, width)
-        routes = self._route(tokens)
-        weight = lambda name, a, b, axes: self._experts(name, (a, b), axes).astype(x.dtype)
+        chosen, weights = self._route(x)
         y = mixture(
-            tokens,
-            routes,
-            weight("gate", width, self.hidden, ("embed", "mlp")),
-            weight("up", width, self.hidden, ("embed", "mlp")),
-            weight("down", self.hidden, width, ("mlp", "embed")),
+            x,
+            chosen,
+            weights,
+            self._experts("gate", (width, self.hidden), ("experts", "embed", "mlp")),
+            self._experts("up", (width, self.hidden), ("experts", "embed", "mlp")),
+            self._experts("down", (self.hidden, width), ("experts", "mlp", "embed")),
         )
-        y = y.reshape(x.shape)
         return y + SwiGLU(self.shared * self.hidden, name="shared")(x) if self.shared else y
 
-    def _experts(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
+    def _experts(self, name: str, shape: tuple[int, int], axes: tuple[str, ...]) -> Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
-        return self.param(name, nn.with_logical_partitioning(init, ("experts", *axes)), (self.experts, *shape))
+        return self.param(name, nn.with_logical_partitioning(init, axes), (self.experts, *shape))
 
-    def _route(self, tokens: Float[Array, "n D"]) -> Routes:
+    def _route(self, x: Float[Array, "B T D"]) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"]]:
+        """The experts of each token and what they count."""
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None))
-        router = self.param("router", init, (tokens.shape[-1], self.experts), jnp.float32)
-        scores = ROUTERS[self.router](tokens.astype(jnp.float32) @ router)
+        router = self.param("router", init, (x.shape[-1], self.experts), jnp.float32)
+        scores = ROUTERS[self.router](x.astype(jnp.float32) @ whole(router, ("embed", None), jnp.float32))
         bias = jnp.zeros(self.experts)
         if self.bias_rate:
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
             bias = self.param("selection_bias", init, (self.experts,), jnp.float32)
         experts = jax.lax.top_k(jax.lax.stop_gradient(scores + bias), self.top_k)[1]
-        weights = jnp.take_along_axis(scores, experts, axis=1)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-        load = jnp.bincount(experts.reshape(-1), length=self.experts)
-        self._report(scores, bias, load / load.sum())
-        return Routes(experts, weights * self.scale, load.astype(jnp.int32))
+        # by comparison, not by indexing: the compiler can split that over tokens
+        load = (experts[..., None] == jnp.arange(self.experts)).sum((0, 1, 2), dtype=jnp.float32)
+        self._report(scores.reshape(-1, self.experts), bias, load / load.sum())
+        return experts, weights * self.scale
 
     def _report(self, scores: Float[Array, "n E"], bias: Float[Array, "E"], share: Float[Array, "E"]) -> None:
         mean = scores.mean(0) / scores.mean(0).sum()
@@ -121,32 +122,6 @@ class MoE(nn.Module):
     def idle_params(self, width: int) -> int:
         """Parameters that a token does not use."""
         return 3 * width * self.hidden * (self.experts - self.top_k)
-
-
-class Routes(NamedTuple):
-    """Where each token goes: k experts with their weights, and how many choices each expert got."""
-
-    experts: Int[Array, "n k"]
-    weights: Float[Array, "n k"]
-    load: Int[Array, "E"]
-
-
-def mixture(
-    tokens: Float[Array, "n D"],
-    routes: Routes,
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
-) -> Float[Array, "n D"]:
-    """sum_k weights_k swiglu(tokens; experts_k): rows sorted by expert, three grouped matmuls, rows back in order."""
-    count, k = routes.experts.shape
-    order = jnp.argsort(routes.experts.reshape(-1), stable=True)
-    rows = tokens[order // k]
-    grouped: Any = lambda x, w: jax.lax.ragged_dot(x, w, routes.load)
-    out = grouped(jax.nn.silu(grouped(rows, gate)) * grouped(rows, up), down)
-    back = jnp.argsort(order)
-    chosen = out[back].reshape(count, k, -1)
-    return jnp.einsum("nkd,nk->nd", chosen, routes.weights.astype(tokens.dtype))
 
 
 MIXTURES = {"moe": MoE}

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.layers.norm import RMSNorm
+from jaxlong.ops.weights import whole
 
 
 class MultiToken(nn.Module):
@@ -31,5 +32,6 @@ class MultiToken(nn.Module):
         width = hidden.shape[-1]
         both = jnp.concatenate([RMSNorm(name="hidden_norm")(hidden), RMSNorm(name="embed_norm")(embedded)], -1)
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, "embed"))
-        x = both @ self.param("project", init, (2 * width, width), jnp.float32).astype(hidden.dtype)
+        project = self.param("project", init, (2 * width, width), jnp.float32)
+        x = both @ whole(project, (None, "embed"), hidden.dtype)
         return self.block((x, first), positions, segment_ids, None)[0][0]

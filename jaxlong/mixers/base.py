@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -11,7 +13,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.position import Rope
+from jaxlong.core.state import KVCache, LatentCache
 from jaxlong.core.types import BadInput, State
+from jaxlong.ops.text_order import text_order
+from jaxlong.ops.weights import whole
 
 
 @runtime_checkable
@@ -73,6 +78,19 @@ class SharesFirstValues(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsKeys(Protocol):
+    """A mixer whose output at a token depends on other tokens through their keys and values alone.
+
+    With its property `reads_keys` it takes `core.state.KeysOnly` and sealed caches as states.
+    """
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether its settings leave it so."""
+        ...
+
+
 def projection(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, inputs: int, dtype: Any
 ) -> Float[Array, "..."]:
@@ -81,7 +99,7 @@ def projection(
     init = nn.initializers.variance_scaling(
         1.0, "fan_in", "truncated_normal", in_axis=tuple(fan_in), out_axis=tuple(range(inputs, len(shape)))
     )
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32).astype(dtype)
+    return whole(module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32), axes, dtype)
 
 
 def vector(
@@ -92,7 +110,7 @@ def vector(
     init: Any = nn.initializers.zeros,
 ) -> Float[Array, "..."]:
     """A float32 parameter with logical axis names: a bias, a norm's scale, a gate, a decay."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return whole(module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32), axes, jnp.float32)
 
 
 def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"], eps: float = 1e-6) -> Float[Array, "*B C"]:
@@ -149,15 +167,44 @@ def require_divides(module: Any, part: str, whole: str) -> None:
         raise BadInput(part, small, f"does not divide {whole} = {large}", f"one of {divisors}")
 
 
+def require_spans(module: Any) -> None:
+    """Refuse a mixer that works along the text on a layout that leaves no two tokens in a row on a device."""
+    if module.backend.layout == "striped":
+        why = f"{type(module).__name__} works along the text, and no two tokens in a row are on a device"
+        raise BadInput("backend.layout", "striped", why, "nearest: zigzag")
+
+
+def in_text_order(call: Any) -> Any:
+    """A mixer's call, for those that count tokens, blocks or documents by their place in the row.
+
+    Where the layout of rows is another, devices exchange their parts of x, positions and segments for those of a
+    contiguous layout, and the outputs back: two transfers of [B T D] a call. A call with a state is in the order of the
+    text anyway.
+    """
+
+    @functools.wraps(call)
+    def ordered(self, x, *, positions, segment_ids=None, state=None):
+        if state is not None or self.backend.layout == "contiguous":
+            return call(self, x, positions=positions, segment_ids=segment_ids, state=state)
+        # the same mixer on the same parameters
+        inner = self.clone(parent=self.scope, backend=replace(self.backend, layout="contiguous"))
+        rows = lambda tokens: inner(tokens[0], positions=tokens[1], segment_ids=tokens[2])[0]
+        return text_order(rows, (x, positions, segment_ids), backend=self.backend), None
+
+    return ordered
+
+
 def check_state(mixer: Any, state: State, x: Float[Array, "B T D"]) -> None:
     """Refuse a state that `mixer.init_state` would not make for inputs like x.
 
     Lengths of caches are free, all else is not: sizes that differ between the states for one token and
-    for a million are lengths.
+    for a million are lengths. Sealed caches are not checked: the same mixer has just made them.
 
     Raises:
         BadInput: the first array that differs in kind, type or shape.
     """
+    if isinstance(state, KVCache | LatentCache) and state.next is None:
+        return
     batch, _, width = x.shape
     make = lambda n: mixer.init_state(batch, n, width=width, max_chunk=n, dtype=x.dtype)
     one, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2**30))

@@ -17,11 +17,13 @@ from jaxlong.mixers.base import (
     projection,
     require,
     require_divides,
+    require_spans,
     rms_norm,
     to_heads,
     vector,
 )
 from jaxlong.mixers.scan_parts import convolve, entry
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.delta import delta_rule
 
 
@@ -54,6 +56,7 @@ class DeltaNet(nn.Module):
     negative_eigenvalues: bool = False
     norm_eps: float = 1e-6
     chunk: int = 64
+    backend: Backend = Backend()
 
     def __post_init__(self):
         sizes = (name for name in ("value_dim", "key_heads") if getattr(self, name) is not None)
@@ -61,6 +64,7 @@ class DeltaNet(nn.Module):
         require(self, 2, "conv")
         if self.key_heads is not None:
             require_divides(self, "key_heads", "heads")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -75,11 +79,13 @@ class DeltaNet(nn.Module):
         if state is not None:
             check_state(self, state, x)
         memory, tail = (None, None) if state is None else state
-        segments, s0, resets = entry(positions, segment_ids, memory)
+        segments, s0, resets = entry(positions, segment_ids, memory, self.backend)
         q, k, v, tail = self._project(x, segments, tail)
         beta = jax.nn.sigmoid(by_head(self, "w_beta", x, self.heads))
         beta = 2 * beta if self.negative_eigenvalues else beta
-        o, s = delta_rule(q, k, v, self._log_decay(x), beta, s0=s0, resets=resets, chunk=self.chunk)
+        o, s = delta_rule(
+            q, k, v, self._log_decay(x), beta, s0=s0, resets=resets, chunk=self.chunk, backend=self.backend
+        )
         scale = vector(self, "norm", (self._value_dim,), ("head_dim",), nn.initializers.ones)
         o = self._gate(rms_norm(o, scale, self.norm_eps), x)
         y = from_heads(self, "wo", o.astype(x.dtype), x.shape[-1])
@@ -95,7 +101,7 @@ class DeltaNet(nn.Module):
             to_heads(self, "wk", x, self._key_heads, self.head_dim, key_axis),
             to_heads(self, "wv", x, self.heads, self._value_dim),
         )
-        parts, tail = convolve(self, parts, segments, tail, width=self.conv, bias=False)
+        parts, tail = convolve(self, parts, segments, tail, width=self.conv, backend=self.backend, bias=False)
         q, k, v = (jax.nn.silu(part.astype(jnp.float32)) for part in parts)
         share = lambda a: jnp.repeat(a, self.heads // self._key_heads, axis=2)
         return share(_unit(q) * self.head_dim**-0.5), share(_unit(k)), v, tail

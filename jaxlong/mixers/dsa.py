@@ -14,7 +14,7 @@ from jaxlong.core.mask import sliding
 from jaxlong.core.position import NoPE, Rope, apply_rope
 from jaxlong.core.state import LatentCache
 from jaxlong.core.types import BadInput, State
-from jaxlong.mixers.base import projection, require, vector
+from jaxlong.mixers.base import in_text_order, projection, require, require_spans, vector
 from jaxlong.mixers.mla import MLA, Keys
 from jaxlong.ops.indexer import Sight, float8, index_loss, select_by_index
 from jaxlong.ops.select import Selection, attend_selected
@@ -40,6 +40,7 @@ class DSA(MLA):
 
     Paper: DeepSeek-V3.2, arXiv 2512.02556. Half-split rotation of the first d_r dimensions of qI and kI, as in the
     published weights (those of the latents are interleaved).
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: MLA's weights and the indexer's; 2 H_I (d_I + 1) T S flops to score and 4 H (d_c + d_r) T top_k to
     attend (stage "dense": what MLA costs); the loss of stage "dense" 2 H (d_c + d_r) T S more.
     State: d_c + d_r + d_I elements and 8 bytes a token, for as many tokens as MLA.
@@ -69,9 +70,15 @@ class DSA(MLA):
             )
         if self.indexer_dtype == "float8" and self.index_dim & (self.index_dim - 1):
             raise BadInput("index_dim", self.index_dim, "float8 needs a Hadamard transform", "a power of two")
+        require_spans(self)
         super().__post_init__()
 
+    @property
+    def reads_keys(self) -> bool:
+        return False
+
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -12,8 +12,19 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.state import ConvTail, Recurrent
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, projection, require, require_conv, rms_norm, to_heads, vector
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    projection,
+    require,
+    require_conv,
+    require_spans,
+    rms_norm,
+    to_heads,
+    vector,
+)
 from jaxlong.mixers.scan_parts import convolve, entry, pack, unpack
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.scan import linear_attention
 
 
@@ -42,6 +53,7 @@ class GLA(nn.Module):
     temperature: float = 16.0
     conv: int = 0
     chunk: int = 64
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "gate_rank", "chunk")
@@ -50,6 +62,7 @@ class GLA(nn.Module):
         if not self.temperature > 0:
             raise BadInput("temperature", self.temperature, "must be positive", "16 in the paper")
         require_conv(self)
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -64,15 +77,22 @@ class GLA(nn.Module):
         if state is not None:
             check_state(self, state, x)
         memory, tail = unpack(state)
-        segments, s0, resets = entry(positions, segment_ids, memory)
+        segments, s0, resets = entry(positions, segment_ids, memory, self.backend)
         parts = [to_heads(self, "wq", x, self.heads, self.head_dim), to_heads(self, "wk", x, self.heads, self.head_dim)]
         parts.append(to_heads(self, "wv", x, self.heads, self._value_dim))
         if self.conv:
-            parts, tail = convolve(self, tuple(parts), segments, tail, width=self.conv)
+            parts, tail = convolve(self, tuple(parts), segments, tail, width=self.conv, backend=self.backend)
             parts = [jax.nn.silu(part) for part in parts]
         q, k, v = (part.astype(jnp.float32) for part in parts)
         o, s = linear_attention(
-            q * self.head_dim**-0.5, k, v, self._log_decay(x), s0=s0, resets=resets, chunk=self.chunk
+            q * self.head_dim**-0.5,
+            k,
+            v,
+            self._log_decay(x),
+            s0=s0,
+            resets=resets,
+            chunk=self.chunk,
+            backend=self.backend,
         )
         scale = vector(self, "norm_scale", (self._value_dim,), ("head_dim",), nn.initializers.ones)
         gate = to_heads(self, "wg", x, self.heads, self._value_dim)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask, causal, sliding
 from jaxlong.core.position import Alibi, NoPE, Rope
-from jaxlong.core.state import ConvTail, KVCache
+from jaxlong.core.state import ConvTail, KeysOnly, KVCache
 from jaxlong.mixers.base import (
     check_state,
     from_heads,
@@ -21,6 +21,7 @@ from jaxlong.mixers.base import (
     require_conv,
     require_divides,
     require_rotation,
+    require_spans,
     rms_norm,
     to_heads,
     vector,
@@ -71,6 +72,8 @@ class GQA(nn.Module):
         require(self, 1, "heads", "kv_heads", "head_dim")
         require_divides(self, "kv_heads", "heads")
         require_conv(self)
+        if self.conv:
+            require_spans(self)
         require_rotation(self.position, self.head_dim)
         super().__post_init__()
 
@@ -83,11 +86,14 @@ class GQA(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         state: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        if state is not None:
+        keys_only = isinstance(state, KeysOnly)
+        if state is not None and not keys_only:
             check_state(self, state, x)
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
         q, k, v, tail = self._project(x, segments, state)
         q, k = (rotate(self.position, a, positions) for a in (q, k))
+        if keys_only:
+            return x, KVCache(k, v, positions, segments, None)
 
         keys, cache = (k, v, positions, segment_ids), None
         if state is not None:
@@ -113,6 +119,10 @@ class GQA(nn.Module):
         y = from_heads(self, "wo", o, x.shape[-1])
         return y, cache if tail is None or state is None else (cache, tail)
 
+    @property
+    def reads_keys(self) -> bool:
+        return not self.conv
+
     def _scale(self) -> float:
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         return scale * self.position.softmax_scale if isinstance(self.position, Rope) else scale
@@ -130,7 +140,7 @@ class GQA(nn.Module):
             qk = jnp.concatenate([q, k], axis=2)
             flat = qk.reshape(*qk.shape[:2], -1)
             kernel = vector(self, "conv", (self.conv, flat.shape[-1]), (None, None), _identity_conv)
-            flat, tail = short_conv(flat, kernel, segments, None if state is None else state[1])
+            flat, tail = short_conv(flat, kernel, segments, None if state is None else state[1], backend=self.backend)
             q, k = jnp.split(flat.reshape(qk.shape), [self.heads], axis=2)
         if self.qk_norm:
             q = rms_norm(q, vector(self, "q_norm", (self.head_dim,), ("head_dim",), nn.initializers.ones))

@@ -13,7 +13,17 @@ from jaxlong.core.mask import Mask, causal, dilated
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import EMPTY, KVCache
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, require, require_divides, require_rotation, to_heads, vector
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    in_text_order,
+    require,
+    require_divides,
+    require_rotation,
+    require_spans,
+    to_heads,
+    vector,
+)
 from jaxlong.ops.attend import Backend, attend_with_lse, merge
 from jaxlong.ops.rotate import rotate, softmax_scale
 from jaxlong.ops.summaries import Running, Units, summarize
@@ -34,6 +44,7 @@ class Hierarchical(nn.Module):
 
     Paper: no single one; segments with summaries as in Hierarchical Memory Transformer (He et al., arXiv 2405.06067),
     exact near and coarse far as in H-Transformer-1D (Zhu and Soricut, arXiv 2107.11906).
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + K) T + 2 H C T (levels - 1) N + 2 H C T^2 r / W_top flops + pooling, 12 r K C T.
     State: 2 K C elements and 8 bytes for each of min(max_len, N + max_chunk - 1) tokens; a level has 2 r K C elements
     and 8 bytes for each of ceil(max_len / W_l) units, at most N / r of them below the top, and r K (2 C + 1) float32.
@@ -64,6 +75,7 @@ class Hierarchical(nn.Module):
                 "summaries", self.summaries, "as many as tokens", f"at most segment / 2 = {self.segment // 2}"
             )
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @property
@@ -81,6 +93,7 @@ class Hierarchical(nn.Module):
         return seen & dilated(self.span(level + 1), 1) if level < self.levels - 1 else seen
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.state import Recurrent
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, projection, require, vector
-from jaxlong.ops.chunk_memory import ChunkMemory, chunk_conv, chunk_memory, marks
+from jaxlong.mixers.base import check_state, projection, require, require_spans, vector
+from jaxlong.ops.attend import Backend
+from jaxlong.ops.chunk_memory import ChunkMemory, chunk_conv, chunk_memory, marks, taught
 from jaxlong.ops.chunks import starts
 
 InPlaceState = tuple[Recurrent, Array, Array]
@@ -47,11 +48,13 @@ class InPlaceTTT(nn.Module):
     chunk: int = 1024
     eta: float = 0.3
     conv: int = 5
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "width", "hidden", "chunk", "conv")
         if self.conv % 2 == 0:
             raise BadInput("conv", self.conv, "has no middle", "an odd width")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -89,20 +92,14 @@ class InPlaceTTT(nn.Module):
     ) -> tuple[Array, InPlaceState | None]:
         """What finished chunks have added to y, in float32, and the state after these tokens."""
         wide = x.astype(jnp.float32)
-        if state is None and segment_ids is None:
-            if x.shape[1] <= self.chunk:
+        if state is None:
+            if segment_ids is None and x.shape[1] <= self.chunk:
                 return jnp.zeros_like(wide), None
-            places = jnp.arange(x.shape[1])[None] // self.chunk
-            v = chunk_conv(wide, kernel, jnp.zeros_like(places), places) @ target
-            return chunk_memory(z, z, v, chunk=self.chunk)[0], None
+            where = {"positions": positions, "segment_ids": segment_ids}
+            return taught(wide, z, kernel, target, chunk=self.chunk, **where, backend=self.backend), None
 
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
-        resets = None if segment_ids is None else starts(segment_ids, segment_ids[:, 0])
-        where = marks(positions, resets, self.chunk)
-        if state is None:
-            v = chunk_conv(wide, kernel, where.document, where.chunk) @ target
-            return chunk_memory(z, z, v, chunk=self.chunk, where=where)[0], None
-
+        where = marks(positions, None if segment_ids is None else starts(segment_ids, segment_ids[:, 0]), self.chunk)
         known = state[0].segment_ids == segments[:, 0]
         memory, last_x, last_z = jax.tree.map(
             lambda a: jnp.where(known[:, None, None], a, 0), (state[0].memory, *state[1:])

@@ -21,6 +21,7 @@ from jaxlong.mixers.base import (
     require_divides,
     require_one_of,
     require_rotation,
+    require_spans,
     to_heads,
     vector,
 )
@@ -64,6 +65,7 @@ class InfiniAttention(nn.Module):
         require_divides(self, "kv_heads", "heads")
         require_one_of(self, "update", *UPDATES)
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @property
@@ -95,6 +97,7 @@ class InfiniAttention(nn.Module):
             segment=self.segment,
             update=self.update,
             state=None if state is None else state[1],
+            backend=self.backend,
         )
         q, k = (rotate(self.position, a, positions) for a in (q, k))
         keys, cache = (k, v, positions, segment_ids), None

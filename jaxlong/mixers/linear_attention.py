@@ -21,11 +21,13 @@ from jaxlong.mixers.base import (
     require_conv,
     require_one_of,
     require_rotation,
+    require_spans,
     rms_norm,
     to_heads,
     vector,
 )
 from jaxlong.mixers.scan_parts import convolve, entry, pack, unpack
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.rotate import rotate
 from jaxlong.ops.scan import linear_attention
 
@@ -74,6 +76,7 @@ class LinearAttention(nn.Module):
     position: Rope | NoPE = NoPE()
     scale: float | None = None
     chunk: int = 64
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "chunk")
@@ -93,6 +96,7 @@ class LinearAttention(nn.Module):
             len(self.decay) != self.heads or not all(-math.inf < a <= 0 for a in self.decay)
         ):
             raise BadInput("decay", self.decay, "is no log decay a head", f"{self.heads} numbers, 0 or less")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -107,11 +111,11 @@ class LinearAttention(nn.Module):
         if state is not None:
             check_state(self, state, x)
         memory, tail = unpack(state)
-        segments, s0, resets = entry(positions, segment_ids, memory)
+        segments, s0, resets = entry(positions, segment_ids, memory, self.backend)
         parts = [to_heads(self, "wq", x, self.heads, self.head_dim), to_heads(self, "wk", x, self.heads, self.head_dim)]
         parts.append(to_heads(self, "wv", x, self.heads, self._value_dim))
         if self.conv:
-            parts, tail = convolve(self, tuple(parts), segments, tail, width=self.conv)
+            parts, tail = convolve(self, tuple(parts), segments, tail, width=self.conv, backend=self.backend)
         q, k, v = (ACTIVATIONS[self.activation](part).astype(jnp.float32) for part in parts)
         q, k = (FEATURES[self.feature](rotate(self.position, part, positions)) for part in (q, k))
         if self.feature in POSITIVE:
@@ -125,6 +129,7 @@ class LinearAttention(nn.Module):
             s0=s0,
             resets=resets,
             chunk=self.chunk,
+            backend=self.backend,
         )
         if self.feature in POSITIVE:
             o = o[..., :-1] / (o[..., -1:] + 1e-6)

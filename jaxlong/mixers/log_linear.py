@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.state import Recurrent
 from jaxlong.core.types import BadInput, State
-from jaxlong.mixers.base import check_state, from_heads, projection, require, rms_norm, to_heads, vector
+from jaxlong.mixers.base import check_state, from_heads, projection, require, require_spans, rms_norm, to_heads, vector
 from jaxlong.mixers.scan_parts import log_rate, step_bias
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.log_linear import log_linear, slots_for
 
 
@@ -44,12 +45,14 @@ class LogLinear(nn.Module):
     value_dim: int
     levels: int = 20
     chunk: int = 64
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "key_dim", "value_dim", "chunk")
         require(self, 2, "levels")
         if self.chunk & (self.chunk - 1):
             raise BadInput("chunk", self.chunk, "the levels halve it", "a power of 2")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -77,6 +80,7 @@ class LogLinear(nn.Module):
             segment_ids=segment_ids,
             chunk=self.chunk,
             state=state,
+            backend=self.backend,
         )
         o = rms_norm(o, vector(self, "norm", (self.value_dim,), ("head_dim",), nn.initializers.ones))
         return from_heads(self, "wo", o.astype(x.dtype), x.shape[-1]), None if state is None else after

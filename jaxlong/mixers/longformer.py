@@ -16,10 +16,12 @@ from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import (
     check_state,
     from_heads,
+    in_text_order,
     require,
     require_divides,
     require_one_of,
     require_rotation,
+    require_spans,
     to_heads,
     vector,
 )
@@ -62,6 +64,7 @@ class LongformerAttention(nn.Module):
 
     Paper: Beltagy et al., arXiv 2004.05150. A global token has its own q, k and v for what it looks at; others look at
     it by the ordinary ones.
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + K) T, about twice that with global projections, + 4 H C T (window + n_global) flops.
     State: 2 K C elements and 8 bytes for each of min(max_len, window + max_chunk - 1) tokens, and 4 K C elements and
     4 bytes for each of n_global: constant in length. Both directions have no state.
@@ -92,6 +95,7 @@ class LongformerAttention(nn.Module):
         if self.direction == "both" and self.window % 2:
             raise BadInput("window", self.window, "both sides of a window see equally many", "even")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @property
@@ -107,6 +111,7 @@ class LongformerAttention(nn.Module):
         return sinks(self.n_global) if self.direction == "causal" else longformer(1, self.n_global)
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -16,10 +16,12 @@ from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import (
     check_state,
     from_heads,
+    in_text_order,
     require,
     require_divides,
     require_one_of,
     require_rotation,
+    require_spans,
     to_heads,
 )
 from jaxlong.ops.attend import Backend
@@ -38,6 +40,7 @@ class LongNet(nn.Module):
     With the one branch (T, 1) this is full attention.
 
     Paper: Ding et al., arXiv 2307.02486.
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + K) T + sum_b 2 H C T w_b / r_b^2 flops where each row is one document, which gathers the
     kept rows; packed rows mask instead, 2 H C T w_b a branch.
     State: 2 K C elements and 8 bytes a token, for min(max_len, reach + max_chunk - 1) tokens, reach the widest
@@ -67,9 +70,11 @@ class LongNet(nn.Module):
         if 1 not in [dilated(*branch).rate for branch in self.branches]:
             raise BadInput("branches", self.branches, "some tokens are in none", "a rate of 1 in one of them")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

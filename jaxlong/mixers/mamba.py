@@ -11,8 +11,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.state import ConvTail, Recurrent
-from jaxlong.mixers.base import check_state, projection, require, vector
+from jaxlong.mixers.base import check_state, projection, require, require_spans, vector
 from jaxlong.mixers.scan_parts import convolve, entry, pack, step_bias, unpack
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.scan import selective_scan
 
 
@@ -37,12 +38,14 @@ class Mamba(nn.Module):
     conv: int = 4
     step_rank: int | None = None
     chunk: int = 64
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "inner", "state_dim", "chunk")
         require(self, 2, "conv")
         if self.step_rank is not None:
             require(self, 1, "step_rank")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -57,14 +60,13 @@ class Mamba(nn.Module):
         if state is not None:
             check_state(self, state, x)
         memory, tail = unpack(state)
-        segments, h0, resets = entry(positions, segment_ids, memory)
+        segments, h0, resets = entry(positions, segment_ids, memory, self.backend)
         width, inner = x.shape[-1], self.inner
         weight = lambda name, shape, axes: projection(self, name, shape, axes, inputs=1, dtype=x.dtype)
 
         z = x @ weight("wz", (width, inner), ("embed", "mlp"))
-        (u,), tail = convolve(
-            self, (x @ weight("wu", (width, inner), ("embed", "mlp")),), segments, tail, width=self.conv
-        )
+        u = x @ weight("wu", (width, inner), ("embed", "mlp"))
+        (u,), tail = convolve(self, (u,), segments, tail, width=self.conv, backend=self.backend)
         u = jax.nn.silu(u)
         rank = -(-width // 16) if self.step_rank is None else self.step_rank
         low = u @ weight("wr", (inner, rank), ("mlp", None))
@@ -79,6 +81,7 @@ class Mamba(nn.Module):
             h0=h0,
             resets=resets,
             chunk=self.chunk,
+            backend=self.backend,
         )
         y = (y * jax.nn.silu(z)) @ weight("wo", (inner, width), ("mlp", "embed"))
         return y, None if state is None else pack(Recurrent(h, segments[:, -1]), tail)

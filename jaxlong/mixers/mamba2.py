@@ -18,11 +18,13 @@ from jaxlong.mixers.base import (
     projection,
     require,
     require_divides,
+    require_spans,
     rms_norm,
     to_heads,
     vector,
 )
 from jaxlong.mixers.scan_parts import convolve, entry, log_rate, pack, step_bias, unpack
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.scan import linear_attention
 
 
@@ -50,6 +52,7 @@ class Mamba2(nn.Module):
     conv: int = 4
     step_limit: tuple[float, float] | None = None
     chunk: int = 64
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "state_dim", "groups", "chunk")
@@ -57,6 +60,7 @@ class Mamba2(nn.Module):
         require_divides(self, "groups", "heads")
         if self.step_limit is not None and not 0 <= self.step_limit[0] < self.step_limit[1]:
             raise BadInput("step_limit", self.step_limit, "is no range of step sizes", "0 <= least < largest")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -71,10 +75,10 @@ class Mamba2(nn.Module):
         if state is not None:
             check_state(self, state, x)
         memory, tail = unpack(state)
-        segments, s0, resets = entry(positions, segment_ids, memory)
+        segments, s0, resets = entry(positions, segment_ids, memory, self.backend)
         z = to_heads(self, "wz", x, self.heads, self.head_dim)
         u, b, c = to_heads(self, "wu", x, self.heads, self.head_dim), self._group("wb", x), self._group("wc", x)
-        (u, b, c), tail = convolve(self, (u, b, c), segments, tail, width=self.conv)
+        (u, b, c), tail = convolve(self, (u, b, c), segments, tail, width=self.conv, backend=self.backend)
         u, b, c = (jax.nn.silu(part).astype(jnp.float32) for part in (u, b, c))
 
         step = x @ projection(self, "w_step", (x.shape[-1], self.heads), ("embed", "heads"), inputs=1, dtype=x.dtype)
@@ -83,7 +87,9 @@ class Mamba2(nn.Module):
         if self.step_limit is not None:
             step = jnp.clip(step, *self.step_limit)
         rate = -jnp.exp(vector(self, "a_log", (self.heads,), ("heads",), log_rate(1.0)))
-        o, s = linear_attention(c, b, step[..., None] * u, step * rate, s0=s0, resets=resets, chunk=self.chunk)
+        o, s = linear_attention(
+            c, b, step[..., None] * u, step * rate, s0=s0, resets=resets, chunk=self.chunk, backend=self.backend
+        )
         o += vector(self, "d", (self.heads,), ("heads",), nn.initializers.ones)[:, None] * u
         y = from_heads(self, "wo", self._norm(o * jax.nn.silu(z.astype(jnp.float32))).astype(x.dtype), x.shape[-1])
         return y, None if state is None else pack(Recurrent(s, segments[:, -1]), tail)

@@ -19,12 +19,15 @@ from jaxlong.mixers.base import (
     projection,
     require,
     require_divides,
+    require_spans,
     rms_norm,
     to_heads,
     vector,
 )
 from jaxlong.mixers.scan_parts import entry, step_bias
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.scan import linear_attention, phase_scan
+from jaxlong.ops.token_shift import next_token
 
 
 class Mamba3(nn.Module):
@@ -53,6 +56,7 @@ class Mamba3(nn.Module):
     groups: int = 1
     rotary_fraction: float = 0.5
     chunk: int = 64
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "state_dim", "groups", "chunk")
@@ -60,6 +64,7 @@ class Mamba3(nn.Module):
         if not 0 < self.rotary_fraction <= 1 or self._angles < 1:
             why = f"turns no pair of {self.state_dim} dimensions"
             raise BadInput("rotary_fraction", self.rotary_fraction, why, "more than 0, at most 1")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -73,13 +78,13 @@ class Mamba3(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         if state is not None:
             check_state(self, state, x)
-        segments, memory, resets = entry(positions, segment_ids, state)
+        segments, memory, resets = entry(positions, segment_ids, state, self.backend)
         step = jax.nn.softplus(self._scalars("w_step", x) + self._by_head("step_bias", step_bias))
         log_decay = -step * jnp.maximum(_heavy_tail(self._scalars("wa", x)), 1e-4)
         now = step * jax.nn.sigmoid(self._scalars("wl", x))  # the rule's weight of k_t v_t^T; k_(t-1) has the rest
         q, k, phase = self._turned(x, step, memory, resets)
         v = to_heads(self, "wv", x, self.heads, self.head_dim).astype(jnp.float32)
-        o, s = _trapezoid(q, k, v, log_decay, now, step - now, memory, resets, self.chunk)
+        o, s = _trapezoid(q, k, v, log_decay, now, step - now, memory, resets, self.chunk, self.backend)
         o += self._by_head("d", nn.initializers.ones)[:, None] * v
         o = o.astype(x.dtype) * jax.nn.silu(to_heads(self, "wz", x, self.heads, self.head_dim))
         y = from_heads(self, "wo", o, x.shape[-1])
@@ -100,7 +105,7 @@ class Mamba3(nn.Module):
         weight = projection(self, "wt", (x.shape[-1], self._angles), ("embed", None), inputs=1, dtype=x.dtype)
         turn = math.pi * jnp.tanh((x @ weight).astype(jnp.float32))[:, :, None] * step[..., None]
         phase0 = None if memory is None else memory[3]
-        phases, last = phase_scan(turn, phase0=phase0, resets=resets, chunk=self.chunk)
+        phases, last = phase_scan(turn, phase0=phase0, resets=resets, chunk=self.chunk, backend=self.backend)
         return _turn(self._vectors("wc", x, "q"), phases), _turn(self._vectors("wb", x, "k"), phases), last
 
     def _vectors(self, name: str, x: Float[Array, "B T D"], role: str) -> Float[Array, "B T H N"]:
@@ -162,6 +167,7 @@ def _trapezoid(
     memory: Any,
     resets: Bool[Array, "B T"] | None,
     chunk: int,
+    backend: Backend,
 ) -> tuple[Float[Array, "B T H P"], Float[Array, "B H N P"]]:
     """S_t^T q_t and the last S of S_t = a_t S_(t-1) + late_t a_t k_(t-1) v_(t-1)^T + now_t k_t v_t^T.
 
@@ -169,9 +175,8 @@ def _trapezoid(
     S_t = a_t M_(t-1) + now_t k_t v_t^T: a decayed sum that is read before its update, and the token's own part,
     kept out of it so that no output depends on late_(t+1). The last token awaits its late part: M ends as S.
     """
-    following = jnp.pad(late[:, 1:], [(0, 0), (0, 1), (0, 0)])
-    if resets is not None:
-        following = jnp.where(jnp.pad(resets[:, 1:], [(0, 0), (0, 1)])[..., None], 0.0, following)
+    kept = late if resets is None else jnp.where(resets[..., None], 0.0, late)
+    following = next_token(kept, backend=backend)
     m0 = None
     if memory is not None:
         s, last_k, last_v, _ = memory
@@ -185,5 +190,6 @@ def _trapezoid(
         s0=m0,
         resets=resets,
         chunk=chunk,
+        backend=backend,
     )
     return before + (now * jnp.einsum("bthn,bthn->bth", q, k))[..., None] * v, s

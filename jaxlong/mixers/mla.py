@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask, causal, sliding
 from jaxlong.core.position import NoPE, Rope, Yarn
-from jaxlong.core.state import LatentCache
+from jaxlong.core.state import KeysOnly, LatentCache
 from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import check_state, projection, require, require_rotation, rms_norm, vector
-from jaxlong.ops.attend import Backend, attend
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.dense import precision
+from jaxlong.ops.latent import attend_latent
 from jaxlong.ops.rotate import rotate
 
 FORMS = ("auto", "expanded", "absorbed")
@@ -92,10 +93,17 @@ class MLA(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         state: State | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
+        if isinstance(state, KeysOnly):
+            segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
+            return x, LatentCache(self._latents(x, positions), None, positions, segments, None)
         q = self._queries(x, self._query_input(x), positions)
         latent = self._latents(x, positions)
         keys, cache, segments = self._remember(x, latent, None, positions, segment_ids, state)
         return self._attend(q, keys, positions, segments, self._weights(x)), cache
+
+    @property
+    def reads_keys(self) -> bool:
+        return True
 
     def _query_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
         """What queries are projected from: x, or its normed bottleneck."""
@@ -150,18 +158,11 @@ class MLA(nn.Module):
         """Attention over all visible keys, in the form that `form` says, projected to the output."""
         wk, wv, wo = weights
         form = self._cheaper(q.shape[1], keys.latent.shape[1]) if self.form == "auto" else self.form
-        if form == "absorbed":
-            q, k = self._absorb(q, wk), keys.latent[:, :, None]
-            v = k  # with the rope part behind the latents, which costs less than a copy of the cache without it
-        else:
-            c, r = keys.latent[..., : self.kv_rank], keys.latent[:, :, None, self.kv_rank :]
-            k = jnp.einsum("bsr,rhc->bshc", c, wk)
-            k = jnp.concatenate([k, jnp.broadcast_to(r, (*k.shape[:3], self.rope_dim))], -1)
-            v = jnp.einsum("bsr,rhv->bshv", c, wv)
-        o = attend(
-            q,
-            k,
-            v,
+        absorbed = form == "absorbed"  # queries for the latents themselves, with the rope part behind
+        o = attend_latent(
+            self._absorb(q, wk) if absorbed else q,
+            keys.latent,
+            None if absorbed else (wk, wv),
             mask=self.mask,
             q_positions=positions,
             k_positions=keys.positions,
@@ -170,7 +171,7 @@ class MLA(nn.Module):
             scale=self._scale(),
             backend=self.backend,
         )
-        return self._project(self._expand(o, wv) if form == "absorbed" else o, wo)
+        return self._project(self._expand(o, wv) if absorbed else o, wo)
 
     def _weights(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """Wk [d_c H d_n], Wv [d_c H d_v] and Wo [H d_v D]."""

@@ -15,7 +15,17 @@ from jaxlong.core.mask import causal
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import KVCache
 from jaxlong.core.types import State
-from jaxlong.mixers.base import check_state, from_heads, require, require_divides, require_rotation, to_heads
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    in_text_order,
+    require,
+    require_divides,
+    require_rotation,
+    require_spans,
+    to_heads,
+)
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.rotate import rotate, softmax_scale
 from jaxlong.ops.select import Selection, attend_selected, map_queries, top_k
 from jaxlong.ops.spans import Summaries, read_windows, windows
@@ -38,6 +48,7 @@ class MoBA(nn.Module):
 
     Paper: Lu et al., arXiv 2502.13189. Blocks are counted from the start of each document. The choice has no
     gradient: keys and queries learn through the attention of what was chosen.
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + K) T + 4 H C T top_k block + H C T^2 / block flops; gathers the keys a query reads.
     State: 2 K C elements and 8 bytes a token, K C float32 numbers and 4 bytes a block.
 
@@ -53,14 +64,17 @@ class MoBA(nn.Module):
     block: int = 512
     top_k: int = 3
     position: Rope | NoPE = Rope()
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "kv_heads", "head_dim", "block", "top_k")
         require_divides(self, "kv_heads", "heads")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -18,10 +18,12 @@ from jaxlong.core.types import BadInput, State
 from jaxlong.mixers.base import (
     check_state,
     from_heads,
+    in_text_order,
     projection,
     require,
     require_divides,
     require_rotation,
+    require_spans,
     to_heads,
     vector,
 )
@@ -52,6 +54,7 @@ class NSA(nn.Module):
     Paper: Yuan et al., arXiv 2502.11089. Windows and blocks are counted from the start of each document. The choice
     has no gradient: scores learn through the compressed branch alone. Keys are compressed before their rotation, which
     is then that of a window's first token, so a window is the same wherever it lies.
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 4 D C (H + 3 K) T + 4 H C T (window + top_k block) + 3 H C T^2 / stride flops.
     State: 2 K C elements and 8 bytes for each token of the selected branch and for window + max_chunk - 1 of the local
     one, 2 K C elements and 4 bytes for each finished window and for compress - 1 tokens.
@@ -76,6 +79,7 @@ class NSA(nn.Module):
     recent: int = 2
     window: int = 512
     position: Rope | NoPE = Rope()
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "kv_heads", "head_dim", "compress", "stride", "block", "recent", "window")
@@ -85,9 +89,11 @@ class NSA(nn.Module):
         if self.stride > self.compress:
             raise BadInput("stride", self.stride, "leaves tokens out of all windows", f"compress = {self.compress}")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -207,6 +213,7 @@ class NSA(nn.Module):
             local.v.astype(q.dtype),
             mask=sliding(self.window),
             scale=scale,
+            backend=self.backend,
             **of_cache(local),
         )
         return coarse, fine, near

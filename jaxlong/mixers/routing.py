@@ -16,7 +16,16 @@ from jaxlong.core.mask import Mask, causal, sliding
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import KVCache
 from jaxlong.core.types import BadInput, State
-from jaxlong.mixers.base import check_state, from_heads, require, require_rotation, to_heads, vector
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    in_text_order,
+    require,
+    require_rotation,
+    require_spans,
+    to_heads,
+    vector,
+)
 from jaxlong.ops.attend import Backend, attend, attend_with_lse
 from jaxlong.ops.rotate import rotate, softmax_scale
 from jaxlong.ops.select import Selection, attend_selected, map_queries, top_k
@@ -51,6 +60,7 @@ class Routing(nn.Module):
     rate (mu - mean), with the normalised mean of the tokens whose best centroid it is (0 where there are none). An
     optimizer that subtracts just this, as `train.optim.self_moving` does, makes mu a moving average.
 
+    Rows of another layout than contiguous are put in the order of the text, and the outputs back.
     Training cost: 8 D C H T + 4 C T (local window + (heads - local)(members clusters members / T + clusters)) flops;
     T^1.5 for sqrt(T) clusters of sqrt(T) members.
     State: 2 C elements and 4 bytes a token for each routed head, and 2 C elements for each local head for
@@ -74,6 +84,7 @@ class Routing(nn.Module):
     commitment: float = 1e-4
     rate: float = 1e-3
     position: Rope | NoPE = Rope()
+    backend: Backend = Backend()
 
     exceptions: ClassVar[Mapping[str, str]] = {
         "test_one_token_alone": _WHOLE,
@@ -93,9 +104,11 @@ class Routing(nn.Module):
         if not 0 < self.rate <= 1:
             raise BadInput("rate", self.rate, "is no share of a moving average", "above 0, at most 1")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
+    @in_text_order
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -144,6 +157,7 @@ class Routing(nn.Module):
             q_segments=segments,
             k_segments=segments if cache is None else cache.segment_ids,
             scale=softmax_scale(self.position, self.head_dim),
+            backend=self.backend,
         )
         return out, cache
 

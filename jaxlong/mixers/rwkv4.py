@@ -11,8 +11,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.state import ConvTail, Recurrent
-from jaxlong.mixers.base import check_state, projection, require, vector
+from jaxlong.mixers.base import check_state, projection, require, require_spans, vector
 from jaxlong.mixers.rwkv_parts import share, toward
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import starts
 from jaxlong.ops.token_shift import token_shift
 from jaxlong.ops.wkv import wkv
@@ -36,9 +37,11 @@ class RWKV4(nn.Module):
 
     hidden: int
     chunk: int = 64
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "hidden", "chunk")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -54,7 +57,7 @@ class RWKV4(nn.Module):
             check_state(self, state, x)
         tail, memory = (None, None) if state is None else state
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
-        previous, tail = token_shift(x, segments, tail)
+        previous, tail = token_shift(x, segments, tail, backend=self.backend)
         k = self._project(x, previous, "k", 0.5)
         v = self._project(x, previous, "v", 0.5, 0.15)
         r = self._project(x, previous, "r", 0.25)
@@ -65,8 +68,9 @@ class RWKV4(nn.Module):
             -jnp.exp(vector(self, "decay", (self.hidden,), ("mlp",), _decays)),
             vector(self, "bonus", (self.hidden,), ("mlp",), _bonuses),
             s0=None if memory is None else memory.memory,
-            resets=starts(segments, None if memory is None else memory.segment_ids),
+            resets=starts(segments, None if memory is None else memory.segment_ids, backend=self.backend),
             chunk=self.chunk,
+            backend=self.backend,
         )
         wo = projection(self, "wo", (self.hidden, x.shape[-1]), ("mlp", "embed"), inputs=1, dtype=x.dtype)
         y = (jax.nn.sigmoid(r) * o.astype(x.dtype)) @ wo

@@ -11,8 +11,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.state import ConvTail, Recurrent
-from jaxlong.mixers.base import check_state, from_heads, require, to_heads, vector
+from jaxlong.mixers.base import check_state, from_heads, require, require_spans, to_heads, vector
 from jaxlong.mixers.rwkv_parts import by_channel, head_norm, low_rank, share, toward
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import starts
 from jaxlong.ops.scan import linear_attention
 from jaxlong.ops.token_shift import token_shift
@@ -41,9 +42,11 @@ class RWKV6(nn.Module):
     mix_rank: int = 32
     decay_rank: int = 64
     chunk: int = 64
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "mix_rank", "decay_rank", "chunk")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -58,9 +61,10 @@ class RWKV6(nn.Module):
         if state is not None:
             check_state(self, state, x)
         tail, memory = (None, None) if state is None else state
+        before = None if memory is None else memory.segment_ids
         aligned = segment_ids is None and state is None
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
-        previous, tail = token_shift(x, segments, tail)
+        previous, tail = token_shift(x, segments, tail, backend=self.backend)
         shape, axes = (self.heads, self.head_dim), ("heads", "head_dim")
         x_w, x_k, x_v, x_r, x_g = self._interpolate(x, previous)
 
@@ -73,8 +77,9 @@ class RWKV6(nn.Module):
             -jnp.exp(speed),
             bonus=vector(self, "bonus", shape, axes, _bonuses),
             s0=None if memory is None else memory.memory,
-            resets=None if aligned else starts(segments, None if memory is None else memory.segment_ids),
+            resets=None if aligned else starts(segments, before, backend=self.backend),
             chunk=self.chunk,
+            backend=self.backend,
         )
         o = head_norm(self, o).astype(x.dtype) * jax.nn.silu(to_heads(self, "wg", x_g, self.heads, self.head_dim))
         y = from_heads(self, "wo", o, x.shape[-1])

@@ -12,8 +12,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxlong.core.state import ConvTail, Recurrent
-from jaxlong.mixers.base import check_state, from_heads, require, to_heads, vector
+from jaxlong.mixers.base import check_state, from_heads, require, require_spans, to_heads, vector
 from jaxlong.mixers.rwkv_parts import by_channel, head_norm, low_rank, share, toward
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import starts
 from jaxlong.ops.delta import generalized_delta_rule
 from jaxlong.ops.token_shift import token_shift
@@ -62,9 +63,11 @@ class RWKV7(nn.Module):
     gate_rank: int = 128
     value_residual: bool = True
     chunk: int = 32
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank", "chunk")
+        require_spans(self)
         super().__post_init__()
 
     def __call__(
@@ -100,9 +103,10 @@ class RWKV7(nn.Module):
         if state is not None:
             check_state(self, state, x)
         tail, memory = (None, None) if state is None else state
+        before = None if memory is None else memory.segment_ids
         aligned = segment_ids is None and state is None
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
-        previous, tail = token_shift(x, segments, tail)
+        previous, tail = token_shift(x, segments, tail, backend=self.backend)
         lerp = lambda name, power: toward(x, previous, share(self, f"mu_{name}", x.shape[-1], power))
         x_k, x_v = lerp("k", 0.35), lerp("v", 0.35)
 
@@ -125,8 +129,9 @@ class RWKV7(nn.Module):
             -z,
             z * rate,
             s0=None if memory is None else memory.memory,
-            resets=None if aligned else starts(segments, None if memory is None else memory.segment_ids),
+            resets=None if aligned else starts(segments, before, backend=self.backend),
             chunk=self.chunk,
+            backend=self.backend,
         )
         own = jnp.sum(r * k * self._channels("r_k", nn.initializers.constant(-0.04)), axis=-1, keepdims=True)
         gate_shape = (self.gate_rank, self.heads, self.head_dim)

@@ -11,8 +11,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.state import ConvTail
-from jaxlong.mixers.base import check_state, projection, require
+from jaxlong.mixers.base import check_state, projection, require, require_spans
 from jaxlong.mixers.rwkv_parts import share, toward
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.token_shift import token_shift
 
 
@@ -34,9 +35,11 @@ class RWKVChannelMix(nn.Module):
 
     hidden: int
     gate: bool = True
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "hidden")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -52,7 +55,7 @@ class RWKVChannelMix(nn.Module):
             check_state(self, state, x)
         width = x.shape[-1]
         segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
-        previous, tail = token_shift(x, segments, state)
+        previous, tail = token_shift(x, segments, state, backend=self.backend)
         mu = share(self, "mu_k", width, 0.5 if self.gate else 0.5**4)
         wk = projection(self, "wk", (width, self.hidden), ("embed", "mlp"), inputs=1, dtype=x.dtype)
         wv = projection(self, "wv", (self.hidden, width), ("mlp", "embed"), inputs=1, dtype=x.dtype)

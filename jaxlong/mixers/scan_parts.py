@@ -13,17 +13,18 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlong.core.state import ConvTail, Recurrent
 from jaxlong.mixers.base import vector
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import starts
 from jaxlong.ops.short_conv import short_conv
 
 
 def entry(
-    positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, memory: Recurrent | None
+    positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, memory: Recurrent | None, backend: Backend
 ) -> tuple[Int[Array, "B T"], Any, Bool[Array, "B T"] | None]:
     """The segments of a call, the arrays that it continues, its resets; None where there is nothing to continue."""
     segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
     if memory is None:
-        return segments, None, None if segment_ids is None else starts(segments)
+        return segments, None, None if segment_ids is None else starts(segments, backend=backend)
     return segments, memory.memory, starts(segments, memory.segment_ids)
 
 
@@ -46,11 +47,13 @@ def convolve(
     tail: ConvTail | None,
     *,
     width: int,
+    backend: Backend,
     bias: bool = True,
 ) -> tuple[list[Array], ConvTail]:
     """One causal convolution over the channels of all parts [B T ...]; the parts, and the new tail."""
     flat = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1)
-    flat, tail = short_conv(flat, vector(module, "conv", (width, flat.shape[-1]), (None, None), taps), segments, tail)
+    kernel = vector(module, "conv", (width, flat.shape[-1]), (None, None), taps)
+    flat, tail = short_conv(flat, kernel, segments, tail, backend=backend)
     if bias:
         flat += vector(module, "conv_bias", flat.shape[-1:], (None,)).astype(flat.dtype)
     ends, at = [], 0

@@ -10,7 +10,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.state import ConvTail
-from jaxlong.mixers.base import check_state, projection, require, vector
+from jaxlong.mixers.base import check_state, projection, require, require_spans, vector
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.short_conv import short_conv
 
 
@@ -31,11 +32,13 @@ class ShortConv(nn.Module):
     width: int = 3
     channels: int | None = None
     bias: bool = False
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 2, "width")
         if self.channels is not None:
             require(self, 1, "channels")
+        require_spans(self)
         super().__post_init__()
 
     @nn.compact
@@ -58,7 +61,7 @@ class ShortConv(nn.Module):
         if self.bias:
             opened = vector(self, "gate_bias", (2, channels), (None, "mlp"), nn.initializers.ones).astype(x.dtype)
             before, after = before + opened[0], after + opened[1]
-        z, tail = short_conv(before * u, kernel, segments, state)
+        z, tail = short_conv(before * u, kernel, segments, state, backend=self.backend)
         if self.bias:
             z += vector(self, "conv_bias", (channels,), ("mlp",)).astype(x.dtype)
         out = projection(self, "w_out", (channels, width), ("mlp", "embed"), inputs=1, dtype=x.dtype)

@@ -13,7 +13,17 @@ from jaxtyping import Float, Int
 from jaxlong.core.position import NoPE, Rope
 from jaxlong.core.state import EMPTY, ConvTail, Recurrent
 from jaxlong.core.types import BadInput
-from jaxlong.mixers.base import check_state, from_heads, require, require_conv, require_rotation, to_heads, vector
+from jaxlong.mixers.base import (
+    check_state,
+    from_heads,
+    require,
+    require_conv,
+    require_rotation,
+    require_spans,
+    to_heads,
+    vector,
+)
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import starts
 from jaxlong.ops.rotate import rotate
 from jaxlong.ops.short_conv import short_conv
@@ -51,6 +61,7 @@ class TTTLinear(nn.Module):
     conv: int = 0
     gate: bool = False
     position: Rope | NoPE = Rope(interleaved=True)
+    backend: Backend = Backend()
 
     def __post_init__(self):
         require(self, 1, "heads", "head_dim", "mini_batch")
@@ -58,6 +69,7 @@ class TTTLinear(nn.Module):
         if not self.base_lr > 0:
             raise BadInput("base_lr", self.base_lr, "a memory that does not learn", "above 0")
         require_rotation(self.position, self.head_dim)
+        require_spans(self)
         super().__post_init__()
 
     def _shapes(self) -> tuple[tuple[int, int], ...]:
@@ -105,7 +117,7 @@ class TTTLinear(nn.Module):
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=1)
         kernel = vector(self, name, (self.conv, x.shape[-1]), (None, "heads"), init)
         bias = vector(self, f"{name}_bias", (x.shape[-1],), ("heads",))
-        y, tail = short_conv(x, kernel, segments, tail)
+        y, tail = short_conv(x, kernel, segments, tail, backend=self.backend)
         return y + bias.astype(x.dtype), tail
 
     def _learn(
@@ -129,9 +141,10 @@ class TTTLinear(nn.Module):
             vector(self, "norm_shift", heads, ("heads", "head_dim")),
         )
         layers = self._layers()
-        learned = None
+        learned = before = None
         if memory is not None:
-            known = memory.segment_ids == segments[:, 0]
+            before = segments[:, 0]
+            known = memory.segment_ids == before
             pick = lambda a, b: jnp.where(known.reshape(-1, *[1] * (a.ndim - 1)), a, b)
             learned = jax.tree.map(pick, memory.memory, FastWeights.fresh(layers, x.shape[0]))
         return ttt(
@@ -143,8 +156,9 @@ class TTTLinear(nn.Module):
             norm=norm,
             layers=layers,
             positions=None if one_document and memory is None else positions,
-            resets=None if one_document else starts(segments, segments[:, 0]),
+            resets=None if one_document else starts(segments, before, backend=self.backend),
             state=learned,
+            backend=self.backend,
         )
 
     def _layers(self) -> tuple[Layer, ...]:

@@ -1,4 +1,4 @@
-"""Attention: one call, a table of implementations, and the merge of partial results."""
+"""Attention: one call, a table of implementations, and the mesh around them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask
 from jaxlong.core.types import BadInput
-from jaxlong.ops.blockwise import blockwise
-from jaxlong.ops.dense import dense
-from jaxlong.parallel.allgather import Meta, auto_mesh, sequence_attention
+from jaxlong.ops.blockwise import blockwise, blockwise_backward
+from jaxlong.ops.dense import accumulator, dense
+from jaxlong.parallel.attention import STRATEGIES, sequence_attention
+from jaxlong.parallel.layout import LAYOUTS
+from jaxlong.parallel.manual import SEQUENCE, auto_mesh, axis_sizes
+from jaxlong.parallel.partial import Gradients, Meta, recomputed
+from jaxlong.parallel.partial import merge as merge
 
 KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"dense": dense, "blockwise": blockwise}
 """Implementations by name. All take the arguments of `dense`; NotImplementedError says that one cannot take these."""
 
-SEQUENCES = ("auto", "none", "all_gather")
+BACKWARDS: Mapping[str, Callable[..., tuple[Array | None, ...]]] = {"blockwise": blockwise_backward}
+"""Backward passes of a part of the keys, given out and lse of all, for implementations that have one. The others run
+again, in float32."""
+
+SEQUENCES = ("auto", "none", *STRATEGIES)
 
 DENSE_SCORES = 128 * 128
 """Up to T * S of this, "auto" holds all scores. Forward and backward the two cost the same at 64 x 64 on a CPU and near
@@ -45,9 +53,11 @@ class Backend:
 
     Args:
         kernel: a name in `KERNELS`, several names to be tried in order, or "auto".
-        sequence: what to do where the mesh of `jax.set_mesh` has an axis "seq" of more than one device. "all_gather":
-            each device computes its part of the queries over all keys. "none": leave it to the compiler. "auto": the
-            best there is, "all_gather" today.
+        sequence: how devices share keys where the mesh of `jax.set_mesh` has an axis "seq" or "ulysses" of more than
+            one (`jaxlong.parallel.attention`): "all_gather", "ring", "ulysses", "usp", or the quickest by a model of
+            their cost, "auto". "none" leaves it to the compiler.
+        layout: the order in which a row holds its tokens (`jaxlong.parallel.layout`). No value depends on it where
+            positions are right; it says which devices hold neighbours in the text, and what a strategy costs.
 
     Raises:
         BadInput: for a name that does not exist.
@@ -55,6 +65,7 @@ class Backend:
 
     kernel: str | tuple[str, ...] = "auto"
     sequence: str = "auto"
+    layout: str = "contiguous"
 
     def __post_init__(self):
         for name in (self.kernel,) if isinstance(self.kernel, str) else self.kernel:
@@ -62,6 +73,7 @@ class Backend:
         if not self.kernel:
             raise BadInput("backend.kernel", repr(self.kernel), "nothing to try", f"some of {', '.join(KERNELS)}")
         _known("backend.sequence", self.sequence, SEQUENCES)
+        _known("backend.layout", self.layout, LAYOUTS)
 
 
 def attend(
@@ -159,42 +171,67 @@ def attend_with_lse(
         heads = jnp.arange(H, dtype=jnp.int32)
     meta = Meta(q_positions, k_positions, q_segments, k_segments, heads, bias, alibi_slopes, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    local = functools.partial(_local, backend, mask, scale, soft_cap)
+    local = Local(backend.kernel, mask, scale, soft_cap)
+    return over_mesh(local, q, k, v, meta, mask, backend)
+
+
+@dataclass(frozen=True)
+class Local:
+    """Attention on the arrays of one device, by the first implementation that takes them."""
+
+    kernel: str | tuple[str, ...]
+    mask: Mask
+    scale: float
+    soft_cap: float | None
+
+    def __call__(self, q: Array, k: Array, v: Array, meta: Meta) -> tuple[Array, Array]:
+        return self._first(q, k, v, lambda name: KERNELS[name](q, k, v, **self._options(meta)))
+
+    def partial(self, q: Array, k: Array, v: Array, meta: Meta) -> tuple[Array, Array]:
+        """The same with `out` in float32, to be merged with others."""
+        dtype = accumulator(v.dtype)
+        return self._first(q, k, v, lambda name: KERNELS[name](q, k, v, **self._options(meta), dtype=dtype))
+
+    def backward(
+        self, q: Array, k: Array, v: Array, meta: Meta, out: Array, lse: Array, dout: Array, dlse: Array
+    ) -> Gradients:
+        """The gradients of these keys' part, from results over all keys."""
+        options = self._options(meta._replace(sinks=None))
+        del options["sinks"]
+
+        def run(name):
+            if name not in BACKWARDS:
+                alone = replace(self, kernel=name)
+                return recomputed(alone, q, k, v, meta, out, lse, dout, dlse)
+            return Gradients(*BACKWARDS[name](q, k, v, out, lse, dout, dlse, **options))
+
+        return self._first(q, k, v, run)
+
+    def _options(self, meta: Meta) -> dict[str, Any]:
+        of_meta = meta._asdict()
+        del of_meta["weights"]
+        return {"mask": self.mask, "scale": self.scale, "soft_cap": self.soft_cap} | of_meta
+
+    def _first(self, q: Array, k: Array, v: Array, run: Callable[[str], Any]) -> Any:
+        reasons = []
+        for name in _order(self.kernel, q.shape[1] * k.shape[1]):
+            try:
+                return run(name)
+            except NotImplementedError as error:
+                reasons.append(f"{name}: {error}")
+                _note(reasons[-1])
+        raise NotImplementedError(f"no implementation takes these arguments; {'; '.join(reasons)}")
+
+
+def over_mesh(
+    local: Any, q: Array, k: Array, v: Array | None, meta: Meta, mask: Mask, backend: Backend
+) -> tuple[Array, Array]:
+    """`local` on the mesh of `jax.set_mesh`, by the backend's strategy, or here if no axis splits the sequence."""
     mesh = None if backend.sequence == "none" else auto_mesh()
-    if mesh is None or mesh.shape.get("seq", 1) == 1:
+    if mesh is None or max(axis_sizes(mesh, SEQUENCE)) == 1:
         return local(q, k, v, meta)
-    return sequence_attention(local, q, k, v, meta, mesh=mesh)
-
-
-def merge(
-    a: tuple[Float[Array, "B T H V"], Float[Array, "B T H"]],
-    b: tuple[Float[Array, "B T H V"], Float[Array, "B T H"]],
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """Attention over two disjoint sets of keys, from `(out, lse)` over each. Empty sets (lse -inf) are neutral.
-
-    Computed in float32; the output has the wider dtype of the two, so carry a float32 one through many merges.
-    """
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    top = jax.lax.stop_gradient(jnp.maximum(lse_a, lse_b))
-    top = jnp.where(top == -jnp.inf, 0, top)
-    weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
-    total = weight_a + weight_b
-    nothing = total == 0
-    total = jnp.where(nothing, 1, total)
-    out = out_a * (weight_a / total)[..., None] + out_b * (weight_b / total)[..., None]
-    return out.astype(jnp.promote_types(out_a.dtype, out_b.dtype)), jnp.where(nothing, -jnp.inf, top + jnp.log(total))
-
-
-def _local(backend: Backend, mask: Mask, scale: float, soft_cap: float | None, q, k, v, meta: Meta):
-    """The first implementation that takes these arguments."""
-    reasons = []
-    for name in _order(backend.kernel, q.shape[1] * k.shape[1]):
-        try:
-            return KERNELS[name](q, k, v, mask=mask, scale=scale, soft_cap=soft_cap, **meta._asdict())
-        except NotImplementedError as error:
-            reasons.append(f"{name}: {error}")
-            _note(reasons[-1])
-    raise NotImplementedError(f"no implementation takes these arguments; {'; '.join(reasons)}")
+    how = {"mask": mask, "strategy": backend.sequence, "layout": backend.layout}
+    return sequence_attention(local, q, k, v, meta, mesh=mesh, **how)
 
 
 def _order(kernel: str | tuple[str, ...], scores: int) -> tuple[str, ...]:

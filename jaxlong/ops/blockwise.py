@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jaxlong.core.mask import Mask
 from jaxlong.core.types import BadInput
 from jaxlong.ops.dense import accumulator, distance, finite, grouped, head_grid, precision, visible
-from jaxlong.parallel.allgather import vary_alike
+from jaxlong.parallel.manual import vary_alike
 
 
 def blockwise(
@@ -41,6 +42,7 @@ def blockwise(
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
+    dtype: DTypeLike | None = None,
     block_q: int = 512,
     block_k: int = 512,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
@@ -51,21 +53,71 @@ def blockwise(
     policy that saves both never runs the forward loop again.
 
     Args:
+        dtype: of out; v's unless given.
         block_q: queries of a tile, at least 1.
         block_k: keys of a tile, at least 1.
     """
+    given = q_positions, k_positions, q_segments, k_segments, heads
+    static, ints = _prepare(q, k, mask, given, scale, soft_cap, v.dtype if dtype is None else dtype, block_q, block_k)
+    return _attention(static, *vary_alike((_Floats(q, k, v, bias, alibi_slopes, sinks), ints)))
+
+
+def blockwise_backward(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K V"],
+    out: Float[Array, "B T H V"],
+    lse: Float[Array, "B T H"],
+    dout: Float[Array, "B T H V"],
+    dlse: Float[Array, "B T H"],
+    *,
+    mask: Mask,
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    heads: Int[Array, "H"] | None = None,
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    alibi_slopes: Float[Array, "H"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    block_q: int = 512,
+    block_k: int = 512,
+) -> tuple[Array | None, ...]:
+    """The gradients of q, k, v, bias and slopes in float32, of these keys, which may be a part of all.
+
+    Args:
+        out, lse: results over all keys, of which the queries may see others too.
+        dout, dlse: the gradients of these.
+    """
+    given = q_positions, k_positions, q_segments, k_segments, heads
+    static, ints = _prepare(q, k, mask, given, scale, soft_cap, v.dtype, block_q, block_k)
+    floats = _Floats(q, k, v, bias, alibi_slopes, None)
+    return _gradients(static, *vary_alike((floats, ints, out, lse, dout, dlse)), accumulator(q.dtype))[:-1]
+
+
+def _prepare(
+    q: Array,
+    k: Array,
+    mask: Mask,
+    given: tuple,
+    scale: float | None,
+    soft_cap: float | None,
+    dtype: DTypeLike,
+    block_q: int,
+    block_k: int,
+) -> tuple[_Static, _Ints]:
+    """What is known to the compiler, and the integers with what was left out."""
     for field, block in (("block_q", block_q), ("block_k", block_k)):
         if block < 1:
             raise BadInput(field, block, "a tile holds at least one token", "1 or more")
     (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
-    static = _Static(
-        mask, C**-0.5 if scale is None else scale, soft_cap, _fit(T, block_q), _fit(S, block_k), precision(q.dtype)
-    )
+    blocks = _fit(T, block_q), _fit(S, block_k)
+    static = _Static(mask, C**-0.5 if scale is None else scale, soft_cap, *blocks, precision(q.dtype), jnp.dtype(dtype))
+    q_positions, k_positions, q_segments, k_segments, heads = given
     if q_segments is None:
         q_segments, k_segments = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
-    floats = _Floats(q, k, v, bias, alibi_slopes, sinks)
-    ints = _Ints(q_positions, k_positions, q_segments, k_segments, head_grid(heads, H, K))
-    return _attention(static, *vary_alike((floats, ints)))
+    return static, _Ints(q_positions, k_positions, q_segments, k_segments, head_grid(heads, H, K))
 
 
 @dataclass(frozen=True)
@@ -76,6 +128,7 @@ class _Static:
     block_q: int
     block_k: int
     precision: lax.Precision | None
+    dtype: jnp.dtype  # of out
 
 
 class _Floats(NamedTuple):
@@ -166,20 +219,36 @@ def _forward(static: _Static, floats: _Floats, ints: _Ints):
         nothing = total == 0
         total = jnp.where(nothing, 1, total)
         lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
-        return None, ((out / total).astype(floats.v.dtype), lse)
+        return None, ((out / total).astype(static.dtype), lse)
 
     _, (out, lse) = lax.scan(block, None, queries)
     return _tokens(out, T), _tokens(lse, T)[..., 0]
 
 
 def _attention_bwd(static: _Static, residuals, cotangents):
-    """Gradients in one pass over blocks of queries; those of keys accumulate in float32 as the pass goes on."""
     floats, ints, out, lse = residuals
+    found = _gradients(static, floats, ints, out, lse, *cotangents, floats.q.dtype)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), found, floats), None
+
+
+def _gradients(
+    static: _Static,
+    floats: _Floats,
+    ints: _Ints,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+    of_q: DTypeLike,
+) -> _Floats:
+    """Float32 gradients in one pass over blocks of queries; those of keys accumulate as the pass goes on.
+
+    That of q, final once its block is through, has the dtype `of_q`.
+    """
     queries, keys, side = _layout(static, floats, ints)
     (T, H), (S, K) = floats.q.shape[1:3], floats.k.shape[1:3]
     wide = accumulator(floats.q.dtype)
     by_query = lambda x: _heads_first(_cut(x, static.block_q, 0).swapaxes(0, 1), K)
-    dout, dlse = cotangents
     rows = (queries, by_query(out), by_query(lse[..., None]), by_query(dout), by_query(dlse[..., None]))
     reaches = _active(static.mask, keys)
 
@@ -216,20 +285,19 @@ def _attention_bwd(static: _Static, residuals, cotangents):
             return dq, dk, dv, dbias, dslopes
 
         dq, *sums = lax.fori_loop(0, count, step, (jnp.zeros_like(query.q, dtype=wide), *sums))
-        return (*sums, dsinks), dq.astype(query.q.dtype)
+        return (*sums, dsinks), dq.astype(of_q)
 
     sums = jax.tree.map(partial(jnp.zeros_like, dtype=wide), (keys.k, keys.v, side.bias, side.slopes, side.sinks))
     (dk, dv, dbias, dslopes, dsinks), dq = lax.scan(block, sums, rows)
-    by_key = lambda x, like: x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S].astype(like.dtype)
-    gradients = _Floats(
+    by_key = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])[:, :S]
+    return _Floats(
         _tokens(dq, T),
-        by_key(dk, floats.k),
-        by_key(dv, floats.v),
+        by_key(dk),
+        by_key(dv),
         None if dbias is None else _unpad(dbias, floats.bias),
-        None if dslopes is None else dslopes.reshape(H).astype(floats.alibi_slopes.dtype),
-        None if dsinks is None else dsinks.reshape(H).astype(floats.sinks.dtype),
+        None if dslopes is None else dslopes.reshape(H),
+        None if dsinks is None else dsinks.reshape(H),
     )
-    return gradients, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -356,7 +424,7 @@ def _pad_bias(static: _Static, bias: Float[Array, "b k g t s"], queries: _Querie
 
 def _unpad(dbias: Float[Array, "b k g t s"], bias: Float[Array, "b h t_ s_"]) -> Float[Array, "b h t_ s_"]:
     t, s = bias.shape[2:]
-    return dbias[..., :t, :s].reshape(bias.shape).astype(bias.dtype)
+    return dbias[..., :t, :s].reshape(bias.shape)
 
 
 def _tile_of(static: _Static, bias: Array, i: Array, j: Array) -> tuple[list[Array], list[int]]:

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from jaxlong.ops.chunks import join, split
+from jaxlong.core.state import EMPTY
+from jaxlong.ops.attend import Backend
+from jaxlong.ops.chunks import join, split, starts
+from jaxlong.parallel.manual import vary_alike
+from jaxlong.parallel.prefix import Chain, earlier, halo, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 CELL = 512
 """Tokens that are handled together where chunks do not begin with the row, at most a chunk."""
@@ -60,12 +65,76 @@ def chunk_memory(
     """
     if where is not None and state is None:
         zeros = jnp.zeros((q.shape[0], k.shape[-1], v.shape[-1]), jnp.float32)
-        state = ChunkMemory(zeros, zeros)
+        state = vary_alike((q, ChunkMemory(zeros, zeros)))[1]
     length = q.shape[1]
     if where is None:  # whole chunks, so that they begin at either end
         q, k, v = (jnp.pad(a, [(0, 0), (0, -length % chunk), (0, 0)]) for a in (q, k, v))
     o, state = _memory(chunk, q, k, v, where, state)
     return o[:, :length], state
+
+
+def taught(
+    x: Float[Array, "B T C"],
+    z: Float[Array, "B T F"],
+    kernel: Float[Array, "W C"],
+    target: Float[Array, "C D"],
+    *,
+    chunk: int,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    backend: Backend = Backend(),
+) -> Float[Array, "B T D"]:
+    """`chunk_memory` of z, z and `chunk_conv(x) target` over the documents of whole rows.
+
+    Where rows lie in spans on several devices (`parallel.prefix`), the convolution gets the tokens on both sides of a
+    span, and the memory is a sum whose prefix devices exchange.
+    """
+    if spread(x.shape[1], backend.layout):
+        on_spans = functools.partial(_on_spans, chunk)
+        return over_spans(on_spans, (x, z, positions, segment_ids), (kernel, target), layout=backend.layout)[0]
+    if segment_ids is None:
+        places = jnp.arange(x.shape[1])[None] // chunk
+        return chunk_memory(z, z, chunk_conv(x, kernel, jnp.zeros_like(places), places) @ target, chunk=chunk)[0]
+    where = marks(positions, starts(segment_ids, segment_ids[:, 0]), chunk)
+    v = chunk_conv(x, kernel, where.document, where.chunk) @ target
+    return chunk_memory(z, z, v, chunk=chunk, where=where)[0]
+
+
+def _on_spans(chunk: int, tokens: tuple, shared: tuple[Array, Array], chain: Chain) -> tuple[Array, None]:
+    (x, z, positions, ids), (kernel, target) = tokens, shared
+    ids = jnp.zeros_like(positions) if ids is None else ids
+    where = marks(positions, starts(ids, ids[:, 0]), chunk)
+    reach, length = kernel.shape[0] // 2, x.shape[1]
+    wide = functools.partial(halo, chain=chain, before=reach, after=reach)
+    near = chunk_conv(wide(x), kernel, wide(ids - EMPTY), wide(where.chunk))
+    o, own = chunk_memory(z, z, near[:, reach : reach + length] @ target, chunk=chunk, where=where)
+    last = earlier(ids[:, -1] - EMPTY, 1, chain) + EMPTY
+    flag = lambda rows: rows.astype(jnp.float32)[:, None, None]
+    past = Past(*own, flag(last == ids[:, -1]), flag(where.end != where.chunk[:, 0]))
+    past = prefix(followed, past, chain)
+    old, turned = ids == last[:, None], where.chunk != where.chunk[:, :1]
+    only = lambda mask: jnp.where(mask[..., None], z.astype(jnp.float32), 0)
+    return o + only(old & ~turned) @ past.seen + only(old & turned) @ past.later, None
+
+
+class Past(NamedTuple):
+    """What a span does to a memory that is read as its chunk found it.
+
+    seen, later: what it adds to what the next token reads, and to what the next chunk will read.
+    kept: 1 if no document begins in it.    turned: 1 if a chunk of the first one ends in it.
+    """
+
+    seen: Float[Array, "B ..."]
+    later: Float[Array, "B ..."]
+    kept: Float[Array, "B ..."]
+    turned: Float[Array, "B ..."]
+
+
+def followed(early: Past, late: Past) -> Past:
+    """Two spans in a row."""
+    seen = late.seen + late.kept * jnp.where(late.turned > 0, early.later, early.seen)
+    later = late.later + late.kept * early.later
+    return Past(seen, later, early.kept * late.kept, jnp.maximum(early.turned, late.turned))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

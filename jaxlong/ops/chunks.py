@@ -7,9 +7,24 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from jaxlong.core.state import EMPTY
+from jaxlong.ops.attend import Backend
+from jaxlong.parallel.prefix import earlier
+from jaxlong.parallel.rows import over_spans, spread
 
-def starts(segment_ids: Int[Array, "B T"], last: Int[Array, "B"] | None = None) -> Bool[Array, "B T"]:
-    """True at the first token of a document; `last` is the segment of the token before these (None: none was)."""
+
+def starts(
+    segment_ids: Int[Array, "B T"], last: Int[Array, "B"] | None = None, *, backend: Backend = Backend()
+) -> Bool[Array, "B T"]:
+    """True at the first token of a document.
+
+    Args:
+        last: the segment of the token before these (None: there was none).
+        backend: its layout says how rows lie on the devices of a mesh.
+    """
+    if last is None and spread(segment_ids.shape[1], backend.layout):
+        after = lambda ids, _, chain: (starts(ids, earlier(ids[:, -1] - EMPTY, 1, chain) + EMPTY), None)
+        return over_spans(after, segment_ids, None, layout=backend.layout)[0]
     first = jnp.ones_like(segment_ids[:, :1], bool) if last is None else (segment_ids[:, 0] != last)[:, None]
     return jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxlong.core.state import Recurrent
+from jaxlong.core.state import EMPTY, Recurrent
 from jaxlong.core.types import BadInput
+from jaxlong.ops.attend import Backend
+from jaxlong.ops.chunk_memory import Past, followed
 from jaxlong.ops.chunks import join, split
 from jaxlong.ops.dense import precision
+from jaxlong.parallel.manual import vary_alike
+from jaxlong.parallel.prefix import Chain, dense, earlier, final, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 UPDATES = ("linear", "delta")
 
@@ -31,6 +38,7 @@ def compressive_memory(
     segment: int,
     update: str,
     state: Recurrent | None = None,
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T H V"], Recurrent]:
     """Reads a memory that changes at the end of each segment of `segment` tokens of a document.
 
@@ -39,11 +47,13 @@ def compressive_memory(
 
     An empty memory gives 0. Segments are counted by positions, from the start of each document. The row is walked in
     cells of at most `segment` tokens: in a cell the document that came in ends at most one segment, and those that
-    start there are in their first, whose memory is empty. Memory and sums are float32.
+    start there are in their first, whose memory is empty. Memory and sums are float32. Rows in spans on several
+    devices (`parallel.prefix`) begin with the text: each span runs once, with 2 C further columns.
 
     Args:
         update: "linear" (r_j = 0) or "delta".
         state: continues `empty_memory` or what a call returned, if the first token is of the same document.
+        backend: its layout says how rows lie on the devices of a mesh; with a state they are left to the compiler.
 
     Returns:
         o in float32, and the state after the last token.
@@ -55,9 +65,12 @@ def compressive_memory(
     """
     if update not in UPDATES:
         raise BadInput("update", update, "no such rule", f"one of {', '.join(UPDATES)}")
+    if state is None and spread(q.shape[1], backend.layout):
+        on_spans = functools.partial(_on_spans, segment, update)
+        return over_spans(on_spans, (q, k, v, positions, segment_ids), None, layout=backend.layout)
     (B, T, H, C), K = q.shape, k.shape[2]
     exact = precision(q.dtype)
-    state = empty_memory(B, K, C, v.shape[-1]) if state is None else state
+    state = vary_alike((segment_ids, empty_memory(B, K, C, v.shape[-1])))[1] if state is None else state
     size = min(segment, T)
     whole = jnp.pad(segment_ids, [(0, 0), (0, -T % size)], mode="edge")  # what pads has no keys and ends no segment
     q, k, v = _positive(q).reshape(B, T, K, H // K, C), _positive(k), v.astype(jnp.float32)
@@ -90,7 +103,38 @@ def compressive_memory(
 
     cells = tuple(split(x, size) for x in (q, k, v, positions % segment == 0, whole))
     state, out = jax.lax.scan(jax.checkpoint(cell), state, cells)
-    return join(out, T).reshape(B, T, H, -1), state
+    return join(out, T).reshape(B, T, H, v.shape[-1]), state
+
+
+def _on_spans(segment: int, update: str, tokens: tuple, _: None, chain: Chain) -> tuple[Array, Recurrent]:
+    """First z before each span, by which what is read is divided; with those, M is an affine function of its entry.
+
+    M and what is pending stand one above the other, 2 C rows, beside 2 C columns that write nothing and begin as the
+    identity: as in the delta rule, what becomes of them is the map of the entry to the exit and to the outputs.
+    """
+    q, k, v, positions, ids = tokens
+    (B, _, H, C), K, V = q.shape, k.shape[2], v.shape[-1]
+    run = functools.partial(compressive_memory, q, k, positions=positions, segment_ids=ids, segment=segment)
+    last = earlier(ids[:, -1] - EMPTY, 1, chain) + EMPTY
+    flag = lambda rows: rows.astype(jnp.float32)[:, None, None]
+
+    _, z, _, z_pending = run(v=v[..., :0], update="linear")[1].memory
+    turned = (positions % segment == 0).any(1)
+    past = prefix(followed, Past(z, z + z_pending, flag(last == ids[:, -1]), flag(turned)), chain)
+    z, z_pending = past.seen, past.later - past.seen
+
+    wide = jnp.pad(v.astype(jnp.float32), [(0, 0)] * 3 + [(0, 2 * C)])
+    unit = jnp.broadcast_to(jnp.eye(2 * C, V + 2 * C, V), (B, K, 2 * C, V + 2 * C))
+    entry = vary_alike((z, Recurrent((unit[:, :, :C], z, unit[:, :, C:], z_pending), last)))[1]
+    o, (memory, end) = run(v=wide, update=update, state=entry)
+    both = jnp.concatenate([memory[0], memory[2]], axis=2)
+    before = prefix(dense, both, chain)
+    maps, values = o[..., V:].reshape(B, -1, K, H // K, 2 * C), slice(V)
+    read = jnp.einsum("btkgc,bkcv->btkgv", maps, before[..., values], precision=precision(q.dtype))
+    matrix, pending = jnp.split(dense(before, both)[..., values], 2, axis=2)
+    return o[..., values] + read.reshape(*q.shape[:3], V), final(
+        Recurrent((matrix, memory[1], pending, memory[3]), end), chain
+    )
 
 
 def _positive(x: Array) -> Array:

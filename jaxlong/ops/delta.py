@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import all_scores, corner, cumulated, decay_matrix, join, power_of_two, split
+from jaxlong.parallel.manual import vary_alike
+from jaxlong.parallel.prefix import Chain, dense, final, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 GROUP = 8
 """Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""
@@ -26,6 +31,7 @@ def delta_rule(
     s0: Float[Array, "B H K V"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
     chunk: int = 64,
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The gated delta rule in chunks, the same for any chunk up to rounding.
 
@@ -33,7 +39,8 @@ def delta_rule(
         o_t = S_t^T q_t
 
     Yang et al., arXiv 2406.06484 (chunks) and 2412.06464 (a decay a head); Kimi Linear, arXiv 2510.26692 (a decay
-    a channel). Memory is linear in T; with a state and T = 1 this is one step of the recurrence.
+    a channel). Memory is linear in T; with a state and T = 1 this is one step of the recurrence. Rows that lie in spans
+    on several devices (`parallel.prefix`) begin with the text: each span runs once, with K further columns.
 
     Args:
         q, k: queries, scaled by the caller, and keys, of norm at most 1.
@@ -42,13 +49,14 @@ def delta_rule(
         s0: float32 state before the first token; None is 0.
         resets: tokens before which the state becomes 0, such as the first of each document.
         chunk: tokens that are worked on as matrices.
+        backend: its layout says how rows lie on the devices of a mesh; with s0 they are left to the compiler.
 
     Returns:
         o, of v's type, and the float32 state after the last token.
     """
     decay = jnp.zeros_like(beta) if log_decay is None else log_decay
     decay = decay if decay.ndim == 4 else decay[..., None]
-    return _run(_delta_step, _delta_chunks, (q, k, v, decay, beta[..., None]), v, s0, resets, chunk)
+    return _rows(_delta_step, _delta_chunks, (q, k, v, decay, beta[..., None]), s0, resets, chunk, backend)
 
 
 def generalized_delta_rule(
@@ -62,6 +70,7 @@ def generalized_delta_rule(
     s0: Float[Array, "B H K V"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
     chunk: int = 64,
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """A decay a channel plus a matrix of rank one, in chunks, the same for any chunk up to rounding.
 
@@ -71,7 +80,7 @@ def generalized_delta_rule(
     Note that a reads the state before its decay. Peng et al., arXiv 2503.14456 (RWKV-7: a = -kappa, b = kappa
     times a rate). The other arguments and the results are those of `delta_rule`.
     """
-    return _run(_generalized_step, _generalized_chunks, (r, k, v, log_decay, a, b), v, s0, resets, chunk)
+    return _rows(_generalized_step, _generalized_chunks, (r, k, v, log_decay, a, b), s0, resets, chunk, backend)
 
 
 class _Chunks(NamedTuple):
@@ -109,21 +118,54 @@ def _documents(resets: Array | None, chunk: int) -> _Documents:
     return _Documents(lower & (index == jnp.swapaxes(index, -1, -2)), index == 0, index == last, last == 0)
 
 
-def _run(
+def _rows(
     step: Callable[..., tuple[Array, Array]],
     local: Callable[..., _Chunks],
     tokens: tuple[Array, ...],
-    v: Array,
     s0: Array | None,
     resets: Array | None,
     chunk: int,
+    backend: Backend,
+) -> tuple[Array, Array]:
+    """A rule over rows: whole ones, or those that lie in spans on several devices."""
+    run = functools.partial(_run, step, local, chunk)
+    if s0 is not None or not spread(tokens[0].shape[1], backend.layout):
+        return run(tokens, s0, resets)
+    return over_spans(functools.partial(_on_spans, run), (tokens, resets), None, layout=backend.layout)
+
+
+def _on_spans(run: Callable[..., tuple[Array, Array]], tokens: Any, _: None, chain: Chain) -> tuple[Array, Array]:
+    """Spans at once, each in a state of V + K columns, [0 | I], that turns into [S | A].
+
+    Columns of a state do not know of each other. The last K write nothing, so what becomes of the identity is the map
+    A of the state at the entry to that at the exit, and their outputs are q_t^T A_t, the map to the outputs.
+    """
+    (q, k, v, *rest), resets = tokens
+    wide = jnp.pad(v.astype(jnp.float32), [(0, 0)] * 3 + [(0, k.shape[-1])])
+    unit = jnp.eye(k.shape[-1], wide.shape[-1], v.shape[-1])
+    unit = jnp.broadcast_to(unit, (*v.shape[::2], *unit.shape))
+    o, s = run((q, k, wide, *rest), vary_alike((wide, unit))[1], resets)
+    before = prefix(dense, s, chain)
+    values = slice(v.shape[-1])
+    o = o[..., values] + jnp.einsum("bthk,bhkv->bthv", o[..., values.stop :], before[..., values])
+    return o.astype(v.dtype), final(dense(before, s)[..., values], chain)
+
+
+def _run(
+    step: Callable[..., tuple[Array, Array]],
+    local: Callable[..., _Chunks],
+    chunk: int,
+    tokens: tuple[Array, ...],
+    s0: Array | None,
+    resets: Array | None,
 ) -> tuple[Array, Array]:
     """Apply `step` to one token, or `local` to groups of chunks and the result to the state, chunk by chunk."""
-    batch, length, heads, key_dim = tokens[0].shape
+    (batch, length, heads, key_dim), v = tokens[0].shape, tokens[2]
     tokens = tuple(x.astype(jnp.float32) for x in tokens)
-    s = jnp.zeros((batch, heads, key_dim, v.shape[-1]), jnp.float32) if s0 is None else s0
+    if s0 is None:
+        s0 = vary_alike((v, jnp.zeros((batch, heads, key_dim, v.shape[-1]), jnp.float32)))[1]
     if length == 1:
-        s = s if resets is None else jnp.where(resets[:, :, None, None], 0, s)
+        s = s0 if resets is None else jnp.where(resets[:, :, None, None], 0, s0)
         o, s = step(*(x[:, 0] for x in tokens), s)
         return o[:, None].astype(v.dtype), s
 
@@ -138,7 +180,7 @@ def _run(
     chunk = min(chunk, length)
     group_length = min(GROUP, -(-length // chunk)) * chunk
     groups = jax.tree.map(lambda x: split(x, group_length), (tokens, resets))
-    s, o = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), s, groups)
+    s, o = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), s0, groups)
     return join(o, length).astype(v.dtype), s
 
 

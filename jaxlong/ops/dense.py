@@ -28,11 +28,15 @@ def dense(
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """`attend_with_lse` over the whole score matrix in float32; `jaxlong.ops.attend` describes the arguments.
 
     What a query does not see cannot reach it, not even as NaN or infinity: non-finite entries are 0 in every
     contraction, and what makes a visible key (or a query) non-finite travels in its score.
+
+    Args:
+        dtype: of out; v's unless given.
     """
     (B, T, H, C), K = q.shape, k.shape[2]
     wide = accumulator(q.dtype)
@@ -74,7 +78,7 @@ def dense(
     out = jnp.where(seen.any(-1, keepdims=True), out, 0)  # stops even a NaN cotangent of an empty row
     lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
     by_token = lambda x: jnp.moveaxis(x, 3, 1).reshape(B, T, H, -1)
-    out, lse = by_token(out).astype(v.dtype), by_token(lse)[..., 0]
+    out, lse = by_token(out).astype(v.dtype if dtype is None else dtype), by_token(lse)[..., 0]
     # named as blockwise names them, for remat policies that keep what attention gives
     return checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
 

@@ -14,8 +14,12 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.state import Recurrent
 from jaxlong.core.types import BadInput
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import join, split
 from jaxlong.ops.dense import precision
+from jaxlong.parallel.manual import vary_alike
+from jaxlong.parallel.prefix import Chain, final, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 
 def slots_for(levels: int, max_len: int) -> int:
@@ -34,6 +38,7 @@ def log_linear(
     segment_ids: Int[Array, "B T"] | None = None,
     chunk: int = 64,
     state: Recurrent | None = None,
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T H V"], Recurrent]:
     """Linear attention with decay and a factor for each level of a Fenwick tree.
 
@@ -45,12 +50,15 @@ def log_linear(
     of exp(b - b_j) k_j v_j over level n + 1 of the next position. Chunks are walked with the pieces as carry: inside
     one a matrix of scores by level, the rest is one product over all pieces. Tokens in one chunk lie at both sides of
     at most one multiple of it, so a chunk has log2(chunk) + 2 levels inside, wherever documents begin. Float32; the
-    backward pass keeps the pieces at every sqrt(T / chunk)-th chunk and recomputes between.
+    backward pass keeps the pieces at every sqrt(T / chunk)-th chunk and recomputes between. Rows that lie in spans on
+    several devices (`parallel.prefix`) begin with the text: each span runs twice, for its own pieces and from those
+    before it.
 
     Args:
         segment_ids: documents; None is one document from position 0, which needs less work.
         chunk: a power of 2; the result does not depend on it.
         state: `Recurrent.empty(B, (slots_for(L, max_len), H, C, V))` or what a call returned.
+        backend: its layout says how rows lie on the devices of a mesh; with a state they are left to the compiler.
 
     Returns:
         o in float32, and the state after the last token.
@@ -65,12 +73,18 @@ def log_linear(
     (B, T, H, C), V, L = q.shape, v.shape[-1], scales.shape[-1]
     if L < 2:
         raise BadInput("levels", L, "a token itself and what is before it", "2 or more")
+    if state is None and spread(T, backend.layout):
+        tokens = (q, k, v, log_decay, scales, positions, segment_ids)
+        on_spans = functools.partial(_on_spans, chunk, slots_for(L, T))
+        return over_spans(on_spans, tokens, None, layout=backend.layout)
     size = min(chunk, T)
     fine = (size - 1).bit_length()
     aligned = segment_ids is None and state is None
     slots = slots_for(L, T) if state is None else state.memory.shape[1]
     grid = _Grid(fine, min(fine, slots - 1) if aligned else 0, slots, aligned, precision(q.dtype))
-    carry = Recurrent.empty(B, (slots - grid.low, H, C, V)) if state is None else state
+    carry = state
+    if state is None:
+        carry = vary_alike((positions, Recurrent.empty(B, (slots - grid.low, H, C, V))))[1]
     ids = jnp.zeros_like(positions) if segment_ids is None else segment_ids
 
     group = math.isqrt(-(-T // size))
@@ -82,6 +96,46 @@ def log_linear(
     some = lambda carry, chunks: jax.lax.scan(functools.partial(_step, grid), carry, chunks)
     carry, out = jax.lax.scan(jax.checkpoint(some), carry, cells)
     return join(out.reshape(-1, *out.shape[2:]), T), carry
+
+
+class _Span(NamedTuple):
+    """What a span does to the pieces at its entry: those up to `top` unite there, all fade, its own are added.
+
+    Only if its last token is of the same document. Of nothing, all are zero.
+    """
+
+    memory: Float[Array, "B n H C V"]
+    fade: Float[Array, "B H"]
+    top: Int[Array, "B"]
+    end: Int[Array, "B"]
+
+
+def _on_spans(chunk: int, slots: int, tokens: tuple, _: None, chain: Chain) -> tuple[Array, Recurrent]:
+    q, k, v, log_decay, scales, positions, ids = tokens
+    ids = jnp.zeros_like(positions) if ids is None else ids
+    run = lambda state: log_linear(
+        q, k, v, log_decay, scales, positions=positions, segment_ids=ids, chunk=chunk, state=state
+    )
+    empty = vary_alike((ids, Recurrent.empty(len(q), (slots, *q.shape[2:], v.shape[-1]))))[1]
+    top = jnp.minimum(_bits((positions[:, -1] + 1) ^ positions[:, 0]), slots) - 1
+    after = run(empty)[1]
+    before = prefix(_joined, _Span(after.memory, jnp.exp(log_decay.sum(1)), top, after.segment_ids), chain)
+    out, after = run(Recurrent(before.memory, before.end))
+    return out, final(after, chain)
+
+
+def _joined(early: _Span, late: _Span) -> _Span:
+    same = early.end == late.end
+    piece = jnp.arange(early.memory.shape[1])
+    fade = jnp.where(same[:, None], late.fade, 0)
+    memory = _united(early.memory, piece, late.top[:, None]) * fade[:, None, :, None, None] + late.memory
+    return _Span(memory, early.fade * fade, jnp.maximum(early.top, late.top), late.end)
+
+
+def _united(memory: Float[Array, "B n H C V"], piece: Int[Array, "n"], top: Int[Array, "B 1"]) -> Array:
+    """Pieces up to `top` unite there; those above stay."""
+    wide = lambda mask: mask[..., None, None, None]
+    return jnp.where(wide(piece > top), memory, jnp.where(wide(piece == top), jnp.cumsum(memory, axis=1), 0))
 
 
 @dataclass(frozen=True)
@@ -165,9 +219,7 @@ def _next_pieces(grid: _Grid, carry: Recurrent, x: _Chunk, b: Float[Array, "B t 
     end, after = x.segment_ids[:, -1], x.positions[:, -1] + 1
 
     # Old pieces up to the highest bit that changed unite there; those above stay.
-    top = grid.place(_bits(after ^ x.positions[:, 0]) - 1)[:, None]
-    united = jnp.where(wide(piece == top), jnp.cumsum(carry.memory, axis=1), 0)
-    kept = jnp.where(wide(piece > top), carry.memory, united)
+    kept = _united(carry.memory, piece, grid.place(_bits(after ^ x.positions[:, 0]) - 1)[:, None])
     left = jnp.exp(jnp.where((end == carry.segment_ids)[:, None], b[:, -1], -jnp.inf))
     memory = kept * left[:, None, :, None, None]
 

@@ -8,12 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from jaxlong.core.types import BadInput
 from jaxlong.ops.dense import accumulator, precision
 from jaxlong.ops.feed_forward import join, split
-from jaxlong.parallel.allgather import auto_mesh, token_sum, vary_alike
+from jaxlong.parallel.columns import Columns
+from jaxlong.parallel.manual import auto_mesh, vary_alike
+from jaxlong.parallel.tokens import gather, scatter, token_sum
 
 
 class LossStats(NamedTuple):
@@ -44,8 +47,11 @@ def cross_entropy(
     all, and residuals of the size of the gradients (that of `head` in float32). Without differentiation it computes
     the loss alone. Softmax and sums are float32.
 
-    Under a mesh (`jax.set_mesh`) each device handles its own tokens, over the whole of D, and the gradient of `head`
-    is added up across devices once. Without one, sharded inputs work too.
+    Under a mesh (`jax.set_mesh`) each device handles its own tokens and gathers `head`, whose gradient is added up
+    across devices once, in float32, each part where it lies. Along an axis "tensor" that divides V each device has its
+    own words: of the head and the logits it never sees another's, only the largest logit, two sums and the gradient of
+    a chunk of `hidden` cross devices (vocabulary-parallel loss: Shoeybi et al., arXiv 1909.08053, section 3). Without a
+    mesh, sharded inputs work too.
 
     Args:
         hidden: final hidden states, [T, D] or [B, T, D].
@@ -66,13 +72,15 @@ def cross_entropy(
         raise BadInput("chunk", chunk, "a chunk holds at least one token", "1 or more")
     if hidden.ndim == 2:
         hidden, targets, weights = hidden[None], targets[None], weights[None]
-    static = _Static(z_loss, chunk, soft_cap, head.dtype)
+    mesh = auto_mesh()
+    columns = Columns.of(mesh, "tensor", head.shape[1])
+    also = () if columns.axis is None else (columns.axis,)
 
-    def local(tokens, head):
-        return _sums(static, *vary_alike((*tokens, head)))
+    def local(tokens, head, held):
+        static = _Static(z_loss, chunk, soft_cap, head.dtype, columns, held)
+        return _sums(static, *vary_alike(tokens), vary_alike((tokens, head))[1])
 
-    mesh, tokens = auto_mesh(), (hidden, targets, weights)
-    return local(tokens, head) if mesh is None else token_sum(local, tokens, head, mesh=mesh)
+    return token_sum(local, (hidden, targets, weights), head, P("embed", "vocab"), mesh=mesh, also=also)
 
 
 class _Static(NamedTuple):
@@ -80,6 +88,8 @@ class _Static(NamedTuple):
     chunk: int
     soft_cap: float | None
     head_dtype: jnp.dtype
+    columns: Columns
+    held: P  # how the head's rows lie over devices
 
 
 class _Chunk(NamedTuple):
@@ -93,6 +103,7 @@ def _sums(static: _Static, hidden: Array, targets: Array, weights: Array, head: 
     def step(sums, chunk):
         return jax.tree.map(jnp.add, sums, _measure(static, chunk, head)[0]), None
 
+    head = _whole(static, head, hidden)
     chunks = _chunks(static, hidden, targets, weights)
     (loss, stats), _ = lax.scan(step, _nothing(chunks), chunks)
     return loss, stats
@@ -103,13 +114,15 @@ def _sums_fwd(static, hidden, targets, weights, head):
         sums, dhead = carry
         more, by_token, dlogits = _measure(static, chunk, head)
         dlogits = dlogits.astype(chunk.hidden.dtype)
-        dhidden = _einsum("bmv,dv->bmd", dlogits, head).astype(chunk.hidden.dtype)
+        dhidden = static.columns.sum(_einsum("bmv,dv->bmd", dlogits, head)).astype(chunk.hidden.dtype)
         dhead = dhead + _einsum("bmd,bmv->dv", chunk.hidden, dlogits)
         return (jax.tree.map(jnp.add, sums, more), dhead), (dhidden, by_token.astype(weights.dtype))
 
+    head = _whole(static, head, hidden)
     chunks = _chunks(static, hidden, targets, weights)
     start = _nothing(chunks), jnp.zeros_like(head, dtype=accumulator(head.dtype))
     (sums, dhead), by_token = lax.scan(step, start, chunks)
+    dhead = scatter(dhead, static.held)  # here, not in the backward pass: what is kept until then is a part
     dhidden, dweights = (join(x, hidden.shape[1]) for x in by_token)
     return sums, (dhidden, dweights, dhead)
 
@@ -135,26 +148,32 @@ def _measure(static: _Static, chunk: _Chunk, head: Array):
     Labels are found by comparison, not by indexing: the compiler can split that over a sharded vocabulary.
     """
     hidden, targets, weights = chunk
-    V = head.shape[1]
+    columns, here = static.columns, head.shape[1]
     counts, weights = weights != 0, weights.astype(accumulator(weights.dtype))
     logits = _einsum("bmd,dv->bmv", hidden, head)
     if static.soft_cap is not None:
         logits = static.soft_cap * jnp.tanh(logits / static.soft_cap)
-    top = logits.max(-1)
-    lse = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
-    is_label = targets[..., None] == jnp.arange(V, dtype=targets.dtype)
-    label = jnp.where(is_label, logits, 0).sum(-1)
-    label = jnp.where((targets >= 0) & (targets < V), label, jnp.nan)
+    top = columns.max(logits.max(-1))
+    is_label = targets[..., None] == columns.first(here) + jnp.arange(here, dtype=targets.dtype)
+    both = jnp.exp(logits - top[..., None]).sum(-1), jnp.where(is_label, logits, 0).sum(-1)
+    total, label = columns.sum(both)
+    lse = top + jnp.log(total)
+    label = jnp.where((targets >= 0) & (targets < columns.count(here)), label, jnp.nan)
 
     nll, z = jnp.where(counts, lse - label, 0), jnp.where(counts, jnp.square(lse), 0)
     loss = nll + static.z_loss * z
-    total = lambda x: (weights * x).sum()
-    sums = total(loss), LossStats(total(nll), total(z), total(label >= top), weights.sum())
+    added = lambda x: (weights * x).sum()
+    sums = added(loss), LossStats(added(nll), added(z), added(label >= top), weights.sum())
 
     dlogits = jnp.exp(logits - lse[..., None]) * (1 + 2 * static.z_loss * lse)[..., None] - is_label
     if static.soft_cap is not None:
         dlogits = dlogits * (1 - jnp.square(logits / static.soft_cap))
     return sums, loss, weights[..., None] * dlogits
+
+
+def _whole(static: _Static, head: Array, hidden: Array) -> Array:
+    """The head in the dtype of the hidden states, gathered."""
+    return gather(head.astype(hidden.dtype), static.held)
 
 
 def _chunks(static: _Static, hidden: Array, targets: Array, weights: Array) -> _Chunk:

@@ -3,6 +3,9 @@
 Documents are masks inside a chunk. A token's document index is the count of resets in the chunk up to it: pairs
 interact where their indices are equal, the state at the chunk's entry is seen where the index is 0, and the state at
 its exit keeps the tokens whose index is the last one's.
+
+Rows that lie in spans on several devices (`parallel.prefix`) begin with the text: each span runs once, from an empty
+state, and what its true entry adds is the decay since then times what a token reads of it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import gated_scores, join, split
+from jaxlong.ops.select import map_queries
+from jaxlong.parallel.manual import vary_alike
+from jaxlong.parallel.prefix import Chain, diagonal, final, prefix
+from jaxlong.parallel.rows import over_spans, spread
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -31,6 +39,7 @@ def linear_attention(
     s0: Float[Array, "B H K V"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
     chunk: int = 64,
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Linear attention with diagonal decay, in chunks of matrix products.
 
@@ -45,15 +54,19 @@ def linear_attention(
         s0: the state before the first token, float32; None is zeros.
         resets: True at a token that starts from an empty state.
         chunk: tokens a chunk; the result does not depend on it.
+        backend: its layout says how rows lie on the devices of a mesh; with s0 they are left to the compiler.
 
     Returns:
         The outputs in v's type, and the state after the last token in float32. With chunks of C tokens this costs
         2 T H (C (K + V) + 2 K V) flops, and backward the memory of one state a chunk.
     """
     batch, length, heads, value_dim = v.shape
+    if s0 is None and spread(length, backend.layout):
+        on_spans = functools.partial(_attention_on_spans, chunk)
+        return over_spans(on_spans, (q, k, v, log_decay, resets), bonus, layout=backend.layout)
     chunk = min(chunk, length)
     if s0 is None:
-        s0 = jnp.zeros((batch, heads, k.shape[-1], value_dim), jnp.float32)
+        s0 = vary_alike((v, jnp.zeros((batch, heads, k.shape[-1], value_dim), jnp.float32)))[1]
     if log_decay is not None and resets is not None:  # the decay of what a reset drops would only cost precision
         log_decay = jnp.where(resets.reshape(batch, length, *[1] * (log_decay.ndim - 2)), 0.0, log_decay)
     step = _scalar_step if log_decay is None or log_decay.ndim == 3 else _channel_step
@@ -72,6 +85,35 @@ def linear_attention(
     parts = tuple(None if x is None else split(x, chunk) for x in (q, k, v, log_decay, resets))
     s, o = jax.lax.scan(body, s0, parts)
     return join(o, length), s
+
+
+def _attention_on_spans(chunk: int, tokens: tuple, bonus: Array | None, chain: Chain) -> tuple[Array, Array]:
+    q, k, v, log_decay, resets = tokens
+    (batch, length, heads, _), keys = v.shape, k.shape[-1]
+    o, s = linear_attention(q, k, v.astype(jnp.float32), log_decay, bonus=bonus, resets=resets, chunk=chunk)
+
+    log_decay = jnp.zeros((batch, length, 1)) if log_decay is None else log_decay
+    enter, keep = _decays(log_decay if log_decay.ndim == 4 else log_decay[..., None], resets, bonus is not None)
+    (_, memory) = prefix(diagonal, (keep[..., None], s), chain)
+    if enter.shape[-1] > 1:
+        q, enter = jnp.repeat(q, heads // q.shape[2], axis=2) * enter, 1.0
+    of_groups = memory.reshape(batch, q.shape[2], -1, keys, v.shape[-1])
+    o += jnp.einsum("btgk,bgrkv->btgrv", q.astype(jnp.float32), of_groups).reshape(o.shape) * enter
+    return o.astype(v.dtype), final(keep[..., None] * memory + s, chain)
+
+
+def _decays(
+    log_decay: Float[Array, "B T *N"], resets: Bool[Array, "B T"] | None, before: bool = False
+) -> tuple[Float[Array, "B T *N"], Float[Array, "B *N"]]:
+    """The decay of a span's entry state up to each token, or to the one before it, and to the end of the span."""
+    total = jnp.cumsum(log_decay, axis=1)
+    if resets is None:
+        open_, whole = True, True
+    else:
+        open_ = (jnp.cumsum(resets, axis=1) == 0).reshape(*resets.shape, *[1] * (total.ndim - 2))
+        whole = open_[:, -1]
+    faded = lambda seen, total: jnp.exp(jnp.where(seen, total, -jnp.inf))
+    return faded(open_, _shift(total, 1, 1) if before else total), faded(whole, total[:, -1])
 
 
 def _repeat(x: Float[Array, "B J C K"], heads: int) -> Float[Array, "B H C K"]:
@@ -159,6 +201,7 @@ def linear_scan(
     h0: Float[Array, "B *N"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
     chunk: int = 64,
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T *N"], Float[Array, "B *N"]]:
     """h_t = decay_t h_(t-1) + update_t elementwise: an associative scan inside chunks, chunks one after another.
 
@@ -166,13 +209,17 @@ def linear_scan(
         decay: factors, float32 (not their logarithms; zero is allowed).
         h0: the state before the first token; None is zeros.
         resets: True at a token that starts from an empty state.
+        backend: its layout says how rows lie on the devices of a mesh; with h0 they are left to the compiler.
 
     Returns:
         All states, and the last.
     """
     batch, length = decay.shape[:2]
+    if h0 is None and spread(length, backend.layout):
+        on_spans = functools.partial(_scan_on_spans, chunk)
+        return over_spans(on_spans, (decay, update, resets), None, layout=backend.layout)
     if h0 is None:
-        h0 = jnp.zeros((batch, *decay.shape[2:]), decay.dtype)
+        h0 = jnp.zeros_like(update[:, 0])
     if resets is not None:
         decay = jnp.where(resets.reshape(batch, length, *[1] * (decay.ndim - 2)), 0.0, decay)
 
@@ -184,6 +231,19 @@ def linear_scan(
     chunk = min(chunk, length)
     states = join(jax.lax.scan(body, h0, (split(decay, chunk), split(update, chunk)))[1], length)
     return states, states[:, -1]
+
+
+def _scan_on_spans(chunk: int, tokens: tuple, _: None, chain: Chain) -> tuple[Array, Array]:
+    """With a second recurrence beside it, from 1 and without updates: the decay since the entry."""
+    decay, update, resets = tokens
+    both = lambda x, y: jnp.stack([x, y], axis=-1)
+    zeros = jnp.zeros_like(update)
+    entry = both(zeros[:, 0], zeros[:, 0] + 1)
+    states, _ = linear_scan(both(decay, decay), both(update, zeros), h0=entry, resets=resets, chunk=chunk)
+    h, fade = states[..., 0], states[..., 1]
+    before = prefix(diagonal, (fade[:, -1], h[:, -1]), chain)[1]
+    h += fade * before[:, None]
+    return h, final(h[:, -1], chain)
 
 
 @jax.custom_vjp
@@ -224,6 +284,7 @@ def selective_scan(
     h0: Float[Array, "B D N"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
     chunk: int = 64,
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """The selective scan of Mamba (arXiv 2312.00752), in float32.
 
@@ -236,13 +297,17 @@ def selective_scan(
         a: negative rates.
         h0: the state before the first token, float32; None is zeros.
         resets: True at a token that starts from an empty state.
+        backend: its layout says how rows lie on the devices of a mesh; with h0 they are left to the compiler.
 
     Returns:
         The outputs in x's type, and the state after the last token in float32.
     """
     batch, length, width = x.shape
+    if h0 is None and spread(length, backend.layout):
+        on_spans = functools.partial(_selective_on_spans, chunk)
+        return over_spans(on_spans, (x, dt, b, c, resets), (a, d), layout=backend.layout)
     if h0 is None:
-        h0 = jnp.zeros((batch, width, a.shape[-1]), jnp.float32)
+        h0 = vary_alike((x, jnp.zeros((batch, width, a.shape[-1]), jnp.float32)))[1]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(h, xs):
@@ -260,12 +325,30 @@ def selective_scan(
     return join(y, length), h
 
 
+def _selective_on_spans(chunk: int, tokens: tuple, shared: tuple[Array, Array], chain: Chain) -> tuple[Array, Array]:
+    (x, dt, b, c, resets), (a, d) = tokens, shared
+    y, h = selective_scan(x.astype(jnp.float32), dt, a, b, c, d, resets=resets, chunk=chunk)
+    documents = jnp.zeros(x.shape[:2], jnp.int32) if resets is None else jnp.cumsum(resets, axis=1)
+    total = jnp.cumsum(dt, axis=1)
+    fade = lambda total, documents: jnp.exp(jnp.where(documents[..., None, None] == 0, total[..., None] * a, -jnp.inf))
+    keep = fade(total[:, -1:], documents[:, -1:])[:, 0]
+    before = prefix(diagonal, (keep, h), chain)[1]
+
+    def read(tokens: tuple) -> Array:
+        total, documents, c = tokens
+        return jnp.einsum("btdn,bdn,btn->btd", fade(total, documents), before, c.astype(jnp.float32))
+
+    y += map_queries(read, (total, documents, c), block=chunk)
+    return y.astype(x.dtype), final(keep * before + h, chain)
+
+
 def phase_scan(
     turn: Float[Array, "B T *N"],
     *,
     phase0: Float[Array, "B *N"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
     chunk: int = 64,
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T *N"], Float[Array, "B *N"]]:
     """Cumulated angles, theta_t = theta_(t-1) + turn_t, kept modulo 2 pi so that no length costs precision.
 
@@ -273,14 +356,17 @@ def phase_scan(
         turn: angles in radians, float32.
         phase0: the phase before the first token; None is zero.
         resets: True at a token that starts from phase zero.
+        backend: its layout says how rows lie on the devices of a mesh; with phase0 they are left to the compiler.
 
     Returns:
         The phases, within a chunk's turns of [0, 2 pi), and the last one modulo 2 pi.
     """
-    batch, length = turn.shape[:2]
+    length = turn.shape[1]
+    if phase0 is None and spread(length, backend.layout):
+        return over_spans(functools.partial(_phase_on_spans, chunk), (turn, resets), None, layout=backend.layout)
     chunk = min(chunk, length)
     if phase0 is None:
-        phase0 = jnp.zeros((batch, *turn.shape[2:]), jnp.float32)
+        phase0 = jnp.zeros_like(turn[:, 0])
 
     def body(phase, xs):
         documents = _Documents.of(xs[1], chunk)
@@ -291,3 +377,12 @@ def phase_scan(
 
     last, phases = jax.lax.scan(body, phase0, (split(turn, chunk), None if resets is None else split(resets, chunk)))
     return join(phases, length), last
+
+
+def _phase_on_spans(chunk: int, tokens: tuple, _: None, chain: Chain) -> tuple[Array, Array]:
+    turn, resets = tokens
+    phases, last = phase_scan(turn, resets=resets, chunk=chunk)
+    stays, keep = _decays(jnp.zeros_like(turn), resets)
+    modulo = lambda early, late: (early[0] * late[0], jnp.mod(early[1] * late[0] + late[1], 2 * math.pi))
+    before = prefix(modulo, (keep, last), chain)[1]
+    return phases + stays * before[:, None], final(modulo((keep, before), (keep, last))[1], chain)

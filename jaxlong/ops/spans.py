@@ -128,6 +128,24 @@ class Summaries(NamedTuple):
             count=self.count + new.count,
         )
 
+    def holds(self, tokens: int) -> bool:
+        """True: mixers keep a slot for every window that their `max_len` tokens can end."""
+        return True
+
+    def mark(self) -> Array:
+        return self.count
+
+    def rewind(self, mark: Array) -> Summaries:
+        slot = jnp.arange(self.segment_ids.shape[-1])
+        return self._replace(segment_ids=jnp.where(slot < mark[..., None], self.segment_ids, EMPTY), count=mark)
+
+    def since(self, mark: Array, tokens: int) -> tuple[Array, ...]:
+        """All slots, those of other windows as zeros: how many tokens end one is not known."""
+        slot = jnp.arange(self.segment_ids.shape[-1])
+        new = (slot >= mark[..., None]) & (slot < self.count[..., None])
+        spread = lambda x: new.reshape(*new.shape, *[1] * (x.ndim - new.ndim))
+        return tuple(jnp.where(spread(x), x, 0) for x in self.values)
+
     def numbers(self) -> Int[Array, "B M"]:
         """The number of the window in each slot; negative where there is none."""
         slots, last = self.segment_ids.shape[1], self.count[:, None] - 1

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import split
+from jaxlong.parallel.manual import vary_alike
+from jaxlong.parallel.prefix import Chain, final, hand_on
+from jaxlong.parallel.rows import over_spans, spread
 
 CELLS = 8
 """Cells that the backward pass computes again together: the weights are kept once in this many cells."""
@@ -60,6 +64,7 @@ def ttt(
     positions: Int[Array, "B T"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
     state: FastWeights | None = None,
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T H C"], FastWeights | None]:
     """Outputs of a network that learns to reconstruct v - k from k, read with q after each token's own step.
 
@@ -70,17 +75,26 @@ def ttt(
     document's start; a document's last one may stay unfinished. Sun et al., arXiv 2407.04620, section 2.5, with the
     sum taken in the dual form: the gradients of a mini-batch are matrices of its tokens, and W_i is never made.
 
+    Rows that lie in spans on several devices (`parallel.prefix`) begin with the text. A step is no affine function of
+    the weights, so a span has no summary: the weights are handed from span to span, one device after the other, and all
+    spans then make their outputs at once.
+
     Args:
         lr: step size of each token.    coef: factor on the sum by place in the mini-batch; N is its size.
         norm: scale and shift of LN.    layers: the learned weights with which a document begins, w `[H C F]`.
         positions: of the tokens in their documents; None: each row is one whole document, and no state is returned.
         resets: True where a document begins; None: nowhere, but for a row without a state.
         state: what the rows' first documents learned before these tokens; needs positions.
+        backend: its layout says how rows lie on the devices of a mesh; with a state they are left to the compiler.
 
     Returns:
         o in float32, and the state after the last token.
     """
     batch, length, heads, _ = q.shape
+    if state is None and spread(length, backend.layout):
+        tokens = ((q, k, v, lr), positions, resets)
+        o, after = over_spans(_on_spans, tokens, (coef, norm, layers), layout=backend.layout)
+        return o, None if positions is None else after
     size = min(coef.shape[0], length)
     count = -(-length // size)
     groups = -(-count // CELLS)
@@ -93,7 +107,7 @@ def ttt(
 
     heads_first = lambda x: jnp.swapaxes(cells(x.astype(jnp.float32)), 3, 4)
     tokens = (heads_first(q), heads_first(k), heads_first(v), heads_first(lr))
-    carry = FastWeights.fresh(layers, batch) if state is None else state
+    carry = vary_alike((q, FastWeights.fresh(layers, batch)))[1] if state is None else state
     if positions is None:
         step = lambda carry, cell: _aligned(carry, cell, coef[:size], norm)
         carry, o = _scan(step, carry.weights, tokens)
@@ -104,6 +118,23 @@ def ttt(
         carry, o = _scan(step, carry, (tokens, marks))
     o = jnp.moveaxis(o.reshape(count, batch, heads, size, -1), (0, 3), (1, 2))
     return o.reshape(batch, count * size, heads, -1)[:, :length], None if positions is None else carry
+
+
+def _on_spans(tokens: tuple, shared: tuple, chain: Chain) -> tuple[Array, FastWeights]:
+    (arrays, positions, resets), (coef, norm, layers) = tokens, shared
+    rows, length = arrays[0].shape[:2]
+    if positions is None:
+        starts = jnp.tile(chain.numbers() * length, rows // chain.held)
+        positions = starts[:, None] + jnp.arange(length)
+
+    def run(tokens: tuple, state: FastWeights) -> tuple[Array, FastWeights]:
+        arrays, positions, resets = tokens
+        return ttt(*arrays, coef=coef, norm=norm, layers=layers, positions=positions, resets=resets, state=state)
+
+    tokens = (arrays, positions, resets)
+    entry = hand_on(lambda *span: run(*span)[1], tokens, FastWeights.fresh(layers, rows), chain)
+    o, after = run(tokens, entry)
+    return o, final(after, chain)
 
 
 def _scan(step: Callable, carry: Any, cells: Any) -> tuple[Any, Array]:

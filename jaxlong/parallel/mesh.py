@@ -13,18 +13,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlong.core.types import BadInput
+from jaxlong.parallel.torus import round_trip
 
-AXES = ("data", "fsdp", "seq", "tensor", "expert")
-"""Every mesh has all five axes; the ones not asked for have size 1, so one table of rules serves all."""
+AXES = ("data", "fsdp", "seq", "ulysses", "tensor", "expert")
+"""Every mesh has all six axes; the ones not asked for have size 1, so one table of rules serves all.
+
+"seq" and "ulysses" split the sequence together; "ulysses" is the inner one, for the quicker links.
+"""
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "seq": "seq",
-    "embed": "fsdp",
+    "seq": ("seq", "ulysses"),
+    "embed": ("fsdp", "seq", "ulysses"),  # a dimension of every matrix: parameters lie in parts over all of them
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -79,13 +84,21 @@ def _nearest(known: int, devices: int) -> str:
 
 
 def make_mesh(spec: str = "data=-1", devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the five axes of `AXES` from `"data=2,fsdp=2,seq=2"` (see `parse_mesh`).
+    """A mesh with the six axes of `AXES` from `"data=2,fsdp=2,seq=2"` (see `parse_mesh`).
 
-    Axes are of type Auto: the compiler places collectives, except in the functions of `jaxlong.parallel`.
+    Axes are of type Auto: the compiler places collectives, except in the functions of `jaxlong.parallel`. Chips of a
+    torus follow each other along "seq" from neighbour to neighbour and back, where their coordinates allow it.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = parse_mesh(spec, len(devices))
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    sizes, types = parse_mesh(spec, len(devices)), (AxisType.Auto,) * len(AXES)
+    # Two axes may share a dimension of the torus, as those of fsdp=4,seq=64 do on 16 x 16.
+    grid = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    mesh = Mesh(grid, AXES, axis_types=types)
+    ring = np.moveaxis(mesh.devices, AXES.index("seq"), 0).reshape(sizes["seq"], -1)[:, 0]
+    if not all(hasattr(chip, "coords") for chip in ring):
+        return mesh
+    order = round_trip([(*chip.coords, getattr(chip, "core_on_chip", 0)) for chip in ring])
+    return mesh if order is None else Mesh(mesh.devices.take(order, AXES.index("seq")), AXES, axis_types=types)
 
 
 def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
@@ -100,7 +113,8 @@ def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P
         axes = (rule,) if isinstance(rule, str) else (rule or ())
         kept: list[str] = []
         for axis in axes:
-            if mesh.shape[axis] > 1 and axis not in used and size % (mesh.shape[axis] * _size(mesh, kept)) == 0:
+            devices = mesh.shape.get(axis, 1)
+            if devices > 1 and axis not in used and size % (devices * _size(mesh, kept)) == 0:
                 kept.append(axis)
         used.update(kept)
         entries.append(tuple(kept) if len(kept) > 1 else kept[0] if kept else None)

@@ -8,6 +8,8 @@ loss = sum_i w_i loss_i / sum_i w_i, and the same for gradients and metrics.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +29,21 @@ LossFn = Callable[[Params, Batch], tuple[Array, Metrics]]
 
 GradFn = Callable[[Params, Batch], tuple[Params, Metrics]]
 """(params, batch) -> (gradient of the mean loss, metrics with `loss`)."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A gradient function that draws at random: `fn(params, batch, draw)`, where equal numbers `draw` draw alike."""
+
+    fn: Callable[[Params, Batch, Any], tuple[Params, Metrics]]
+
+    def __call__(self, params: Params, batch: Batch, draw: Any = 0) -> tuple[Params, Metrics]:
+        return self.fn(params, batch, draw)
+
+
+def drawing(grad_fn: GradFn | Drawing, draw: Any) -> GradFn:
+    """The gradient function of that draw, which is itself where nothing is drawn."""
+    return partial(grad_fn, draw=draw) if isinstance(grad_fn, Drawing) else grad_fn
 
 
 def next_token_loss(model: Any, *, z_loss: float = 0.0, chunk: int = 1024, mtp_weight: float = 0.3) -> LossFn:
@@ -69,8 +86,8 @@ def next_token_loss(model: Any, *, z_loss: float = 0.0, chunk: int = 1024, mtp_w
             losses = [entropy(*depth) for depth in zip(further, future.targets, future.weights, strict=True)]
             loss += mtp_weight * sum(depth[0] for depth in losses) / model.mtp
             metrics["mtp_nll"] = sum(stats.nll_sum / count for _, stats, count in losses) / model.mtp
-        added = _by_name(told, "losses")
-        return loss + sum(map(jnp.sum, added.values())), metrics | _means(added) | _means(_by_name(told, "metrics"))
+        added = reported(told, "losses")
+        return loss + sum(map(jnp.sum, added.values())), metrics | means(added) | means(reported(told, "metrics"))
 
     return loss_fn
 
@@ -98,8 +115,8 @@ def ahead(batch: Batch, depth: int) -> Ahead:
     return Ahead(*map(jnp.stack, (tokens, targets, weights)))
 
 
-def _by_name(told: Any, collection: str) -> dict[str, Array]:
-    """Everything sown under a name, over layers and modules, as one array a name."""
+def reported(told: Any, collection: str) -> dict[str, Any]:
+    """Everything that layers sowed into a collection, over layers and modules, as one float32 array a name."""
     found: dict[str, list[Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(told):
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -108,7 +125,8 @@ def _by_name(told: Any, collection: str) -> dict[str, Array]:
     return {name: jnp.concatenate(leaves) for name, leaves in found.items()}
 
 
-def _means(values: dict[str, Array]) -> Metrics:
+def means(values: dict[str, Array]) -> Metrics:
+    """The mean of each."""
     return {name: value.mean() for name, value in values.items()}
 
 
@@ -122,12 +140,12 @@ def full(loss_fn: LossFn) -> GradFn:
     return grad_fn
 
 
-def accumulated(loss_fn: LossFn, steps: int) -> GradFn:
+def accumulated(grad_fn: GradFn | Drawing, steps: int) -> GradFn | Drawing:
     """The same gradient, from `steps` micro-batches one after another: memory for one of them.
 
-    Equal to `full` in exact arithmetic, whatever the weights of the micro-batches, since each counts by
-    its `weight`; sums are kept in float32. Micro-batch s takes rows s, s + steps, ...: a batch that is
-    sharded over its rows then moves nothing between devices.
+    Equal to `grad_fn` in exact arithmetic, whatever the weights of the micro-batches, since each counts by
+    its metric `weight`; sums are kept in float32. Micro-batch s takes rows s, s + steps, ...: a batch that is
+    sharded over its rows then moves nothing between devices. A gradient that draws does so for each micro-batch.
 
     Raises:
         BadInput: when called with rows that `steps` does not divide.
@@ -135,27 +153,26 @@ def accumulated(loss_fn: LossFn, steps: int) -> GradFn:
     if steps < 1:
         raise BadInput("train.accumulation", steps, "is no number of micro-batches", "1 or more")
     if steps == 1:
-        return full(loss_fn)
-    one = full(loss_fn)
+        return grad_fn
 
-    def weighted(params: Params, batch: Batch) -> tuple[Params, Metrics]:
-        grads, metrics = one(params, batch)
+    def weighted(params: Params, batch: Batch, draw: Any) -> tuple[Params, Metrics]:
+        grads, metrics = drawing(grad_fn, draw)(params, batch)
         weight = metrics["weight"].astype(jnp.float32)
         scale = lambda x: weight * x.astype(jnp.float32)
         return jax.tree.map(scale, grads), jax.tree.map(scale, metrics) | {"weight": weight}
 
-    def grad_fn(params: Params, batch: Batch) -> tuple[Params, Metrics]:
-        micro = jax.tree.map(lambda x: _split(x, steps), batch)
-        shapes = jax.eval_shape(weighted, params, jax.tree.map(lambda x: x[0], micro))
+    def summed(params: Params, batch: Batch, draw: Any = 0) -> tuple[Params, Metrics]:
+        micro = jax.tree.map(lambda x: _split(x, steps), batch), draw * steps + jnp.arange(steps)
+        shapes = jax.eval_shape(weighted, params, *jax.tree.map(lambda x: x[0], micro))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        add = lambda total, rows: (jax.tree.map(jnp.add, total, weighted(params, rows)), None)
+        add = lambda total, rows: (jax.tree.map(jnp.add, total, weighted(params, *rows)), None)
         (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
         weight = metrics["weight"]
         count = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, params)
         return grads, jax.tree.map(lambda m: m / count, metrics) | {"weight": weight}
 
-    return grad_fn
+    return Drawing(summed) if isinstance(grad_fn, Drawing) else summed
 
 
 def _split(x: Any, steps: int) -> Any:

@@ -12,14 +12,16 @@ import optax
 from jax import Array
 
 from jaxlong.core.types import Batch
-from jaxlong.train.grads import GradFn, Metrics
+from jaxlong.train.grads import Drawing, GradFn, Metrics, drawing
 from jaxlong.train.state import Params, TrainState, leaf_name
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_step(
-    grad_fn: GradFn, tx: optax.GradientTransformation, learning_rate: Callable[[Array], Array] | None = None
+    grad_fn: GradFn | Drawing,
+    tx: optax.GradientTransformation,
+    learning_rate: Callable[[Array], Array] | None = None,
 ) -> Step:
     """A step that applies the gradient, or leaves everything as it was if a number is not finite.
 
@@ -28,6 +30,7 @@ def make_step(
     batch is consumed, and `skipped` and `streak` go up. Jit it with `donate_argnums=0`.
 
     Args:
+        grad_fn: one that draws does so by the number of the step.
         learning_rate: applied steps -> rate, only for the metrics.
 
     Returns:
@@ -36,7 +39,7 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = grad_fn(state.params, batch)
+        grads, metrics = drawing(grad_fn, state.step)(state.params, batch)
         norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -296,6 +296,32 @@ def test_reach_of_composed_masks_is_a_bound(mask):
         assert farthest_back(mask, 200) <= mask.reach()
 
 
+def farthest_ahead(mask: Mask, n: int) -> int:
+    _, q, k = np.nonzero(dense(mask, n))
+    return int((k - q).max(initial=0))
+
+
+@leaves
+def test_ahead_of_leaves_is_exact(mask, sees):
+    near, far = farthest_ahead(mask, 120), farthest_ahead(mask, 240)
+    if mask.ahead() is None:
+        assert far > near  # still growing
+    else:
+        assert mask.ahead() == near == far
+
+
+@pytest.mark.parametrize("mask", COMPOSED, ids=repr)
+def test_ahead_of_composed_masks_is_a_bound(mask):
+    if mask.ahead() is not None:
+        assert farthest_ahead(mask, 200) <= mask.ahead()
+
+
+def test_ahead_of_compositions():
+    assert (causal() & longformer(4, 2)).ahead() == 0
+    assert (sliding(3, 5) | causal()).ahead() == 5
+    assert (~causal()).ahead() is None
+
+
 def test_reach_of_compositions():
     assert (causal() & sliding(8)).reach() == 8
     assert (sliding(3) & sliding(8, 4)).reach() == 3

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from jaxlong.core.types import BadInput
 from jaxlong.layers.moe import MoE
+from jaxlong.parallel.mesh import make_mesh
 from jaxlong.train.optim import AdamW, Constant, make_optimizer
 
 WIDTH = 6
@@ -132,3 +133,18 @@ def test_the_bias_brings_balance():
 def test_refused(change, say):
     with pytest.raises(BadInput, match=say):
         CASES["deepseek"].clone(**change)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2,seq=4", "seq=2,expert=4", "fsdp=2,expert=2,tensor=2"])
+@pytest.mark.parametrize("name", ["softmax", "deepseek"])
+def test_a_mesh_equals_one_device(name, mesh):
+    """Each device its own tokens, and along "expert" its own experts."""
+    layer = CASES[name]
+    params, x = made(layer, (2, 8, WIDTH))
+    goal = jax.random.normal(jax.random.key(3), x.shape)
+    loss = lambda params, x: ((layer.apply({"params": params}, x) - goal) ** 2).sum()
+    run = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
+    want = run()
+    with jax.set_mesh(make_mesh(mesh)):
+        got = run()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)

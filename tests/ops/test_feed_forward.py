@@ -23,7 +23,7 @@ def test_the_same_values_and_gradients(T, block):
     normal = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
     x, goal, weights = normal(2, T, 8), normal(2, T, 6), (normal(8, 32), normal(32, 6))
     whole = lambda weights, x: ((mlp(weights, x) - goal) ** 2).sum()
-    blocks = lambda weights, x: ((feed_forward(lambda b: mlp(weights, b), x, block=block) - goal) ** 2).sum()
+    blocks = lambda weights, x: ((feed_forward(mlp, weights, x, block=block) - goal) ** 2).sum()
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(weights, x) for f in (blocks, whole))
     assert_same(got, want, 2e-6)
 
@@ -44,7 +44,7 @@ def test_memory_is_that_of_a_block():
     x, up, down = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, T, D), (D, F), (F, D)))
 
     def temporary(block):
-        loss = lambda x, *weights: (feed_forward(lambda b: mlp(weights, b), x, block=block) ** 2).sum()
+        loss = lambda x, *weights: (feed_forward(mlp, weights, x, block=block) ** 2).sum()
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, up, down).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlong.core.types import BadInput
 from jaxlong.ops.loss import cross_entropy
+from jaxlong.parallel.mesh import make_mesh, partition
 
 
 def oracle(hidden, head, targets, weights, z_loss, soft_cap):
@@ -136,9 +138,44 @@ def test_a_mesh_equals_one_device(inputs, mesh):
     with jax.set_mesh(mesh):
         run = jax.jit(lambda *x: both(*x, chunk=2, z_loss=0.1, soft_cap=5.0)).lower(*inputs).compile()
     assert_same(run(*inputs), want, 2e-6)
-    gradients = re.findall(rf"f32\[(?:16|8),{50 // mesh.shape['tensor']}\].* all-reduce\(.*", run.as_text())
-    assert len(gradients) == 1
-    assert "while" not in gradients[0]
+    part = f"f32\\[[0-9]+,{50 // mesh.shape['tensor']}\\]"
+    crossings = re.findall(rf"= {part}.* (?:reduce-scatter|all-reduce)\(.*", run.as_text())
+    assert len([line for line in crossings if "reduce-scatter" in line]) == 1
+    assert not any("while" in line for line in crossings)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words", "gathered"),
+    [("tensor=4", 48, None), ("fsdp=2,tensor=4", 48, (16, 12)), ("tensor=3", 48, None), ("tensor=4", 50, None)],
+    ids=str,
+)
+def test_words_on_several_devices(inputs, mesh, words, gathered):
+    """Of a vocabulary that "tensor" divides, logits and the head stay where they are; gathered over "fsdp" alone."""
+    hidden, head, targets, weights = inputs
+    targets = jnp.where(targets >= 0, targets % words, targets)
+    inputs = hidden, head[:, :words], targets, weights
+    want = oracle(*inputs, 0.1, 5.0)
+    devices = math.prod(map(int, re.findall(r"\d+", mesh)))
+    mesh = make_mesh(mesh, jax.devices()[:devices])
+    place = lambda x, *names: jax.device_put(x, NamedSharding(mesh, partition(names, x.shape, mesh)))
+    rows, row = ("batch", "seq"), lambda x: place(x, "batch", "seq")
+    inputs = place(hidden, *rows, None), place(inputs[1], "embed", "vocab"), row(targets), row(weights)
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda *x: both(*x, chunk=5, z_loss=0.1, soft_cap=5.0)).lower(*inputs).compile()
+        alone = jax.jit(lambda *x: cross_entropy(*x, chunk=5)[0])(*inputs)
+    assert_same(run(*inputs), want, 2e-6)
+    np.testing.assert_allclose(alone, oracle(*inputs, 0, None)[0], rtol=2e-6)
+    if words == 48:
+        shapes = re.findall(r"f32\[([\d,]+)\]\S* all-gather", run.as_text())
+        assert set(shapes) <= ({",".join(map(str, gathered))} if gathered else set())
+        assert not re.findall(r"f32\[\d+,\d+,48\]", run.as_text()), "logits of all words"
+
+
+def test_a_label_outside_the_vocabulary_on_several_devices(inputs):
+    hidden, head, targets, weights = inputs
+    with jax.set_mesh(make_mesh("tensor=2,data=4")):
+        loss, _ = jax.jit(cross_entropy)(hidden, head, targets.at[1, 2].set(50), weights.at[1, 2].set(1.0))
+    assert np.isnan(loss)
 
 
 def test_sharded_inputs_without_a_mesh_in_context(inputs):

@@ -1,0 +1,58 @@
+"""Tokens through the feed-forward layers of their experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from jaxlong.parallel.columns import Columns
+from jaxlong.parallel.manual import auto_mesh, vary_alike
+from jaxlong.parallel.tokens import gathered, token_map
+
+NAMES = (P("experts", "embed", "mlp"), P("experts", "embed", "mlp"), P("experts", "mlp", "embed"))
+"""Logical axes of the weights."""
+
+
+def mixture(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+) -> Float[Array, "B T D"]:
+    """sum_k weights_k swiglu(x; experts_k): rows sorted by expert, three grouped matmuls, rows back in order.
+
+    Under a mesh (`jax.set_mesh`) each device sorts its own tokens. Along an axis "expert" that divides E it has its own
+    experts, and what the others' add comes by a sum over that axis; of its own it gathers the parts.
+    """
+    mesh = auto_mesh()
+    columns = Columns.of(mesh, "expert", gate.shape[0])
+
+    def local(tokens: Any, parts: Any, held: Any) -> Array:
+        (x, experts, weights), parts = vary_alike((tokens, parts))
+        whole = (gathered(place, x.dtype, part).astype(x.dtype) for part, place in zip(parts, held, strict=True))
+        return columns.sum(_of_device(x, experts - columns.first(parts[0].shape[0]), weights, *whole))
+
+    also = () if columns.axis is None else (columns.axis,)
+    return token_map(local, (x, experts, weights), (gate, up, down), NAMES, mesh=mesh, also=also)
+
+
+def _of_device(x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array) -> Array:
+    """What experts 0..E-1 add; other numbers are experts of other devices."""
+    (B, T, D), k, E = x.shape, experts.shape[-1], gate.shape[0]
+    mine = (experts >= 0) & (experts < E)
+    number = jnp.where(mine, experts, E).reshape(-1)  # others' rows are sorted to the end
+    order = jnp.argsort(number, stable=True)
+    sizes = jnp.bincount(number, length=E + 1)[:E].astype(jnp.int32)
+    here = (jnp.arange(B * T * k) < sizes.sum())[:, None]  # rows of no group may come out as anything
+    rows = jnp.where(here, x.reshape(B * T, D)[order // k], 0)
+    grouped: Any = lambda rows, w: jax.lax.ragged_dot(rows, w, sizes)
+    out = jnp.where(here, grouped(jax.nn.silu(grouped(rows, gate)) * grouped(rows, up), down), 0)
+    chosen = out[jnp.argsort(order)].reshape(B, T, k, D)
+    return jnp.einsum("btkd,btk->btd", chosen, weights.astype(x.dtype))
