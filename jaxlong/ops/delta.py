@@ -69,8 +69,12 @@ def generalized_delta_rule(
     *,
     s0: Float[Array, "B H K V"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
+<<<<<<< HEAD
     chunk: int = 64,
     backend: Backend = Backend(),
+=======
+    chunk: int = 32,
+>>>>>>> main
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """A decay a channel plus a matrix of rank one, in chunks, the same for any chunk up to rounding.
 
@@ -78,7 +82,8 @@ def generalized_delta_rule(
         o_t = S_t^T r_t
 
     Note that a reads the state before its decay. Peng et al., arXiv 2503.14456 (RWKV-7: a = -kappa, b = kappa
-    times a rate). The other arguments and the results are those of `delta_rule`.
+    times a rate). The other arguments and the results are those of `delta_rule`; four kinds of scores instead of
+    two make chunks of half the size quickest.
     """
     return _rows(_generalized_step, _generalized_chunks, (r, k, v, log_decay, a, b), s0, resets, chunk, backend)
 
