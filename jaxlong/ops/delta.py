@@ -69,12 +69,8 @@ def generalized_delta_rule(
     *,
     s0: Float[Array, "B H K V"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
-<<<<<<< HEAD
-    chunk: int = 64,
-    backend: Backend = Backend(),
-=======
     chunk: int = 32,
->>>>>>> main
+    backend: Backend = Backend(),
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """A decay a channel plus a matrix of rank one, in chunks, the same for any chunk up to rounding.
 
