@@ -12,7 +12,8 @@ Of n devices each holds c = S / n tokens of B rows; e bytes an element, K' key h
                   usp          ulysses over U, then a ring of R = n/U over U c tokens and K'/U heads
     flops         3.5 * 2 B H w S^2 / n; a half if causal, times the slowest device over the mean:
                   2 - 1/n where causal rows are contiguous; ceil(H / n) n / H where heads are shared out
-    seconds       ring: the longer of a hop's flops and a hop's transfer, n times; others: flops + transfer
+    seconds       ring: the longer of a hop's flops and a hop's transfer, and the traffic of merging what it found in
+                  float32, n times; others: flops + transfer
 
 A transfer around a torus takes both ways at once in a gather and an n/8-th of them on average in an exchange; a switch
 carries everything at once. All of it is meant for comparing, not for predicting a step.
@@ -28,26 +29,28 @@ from jaxlong.parallel.ulysses import share_heads
 class Device(NamedTuple):
     """flops: a second, in bfloat16, of a good attention kernel. link: bytes a second, one way, to a neighbour.
 
-    latency: seconds to start a transfer. memory: bytes. torus: neighbours are wired, without a switch.
+    latency: seconds to start a transfer. memory, bandwidth: bytes, and bytes a second. torus: neighbours are wired,
+    without a switch.
     """
 
     flops: float
     link: float
     latency: float
     memory: float
+    bandwidth: float
     torus: bool
 
 
 DEVICES = {
-    "TPU v4": Device(0.5 * 275e12, 45e9, 2e-6, 32e9, True),
-    "TPU v5 lite": Device(0.5 * 197e12, 45e9, 2e-6, 16e9, True),
-    "TPU v5": Device(0.5 * 459e12, 90e9, 2e-6, 95e9, True),
-    "TPU v6 lite": Device(0.5 * 918e12, 90e9, 2e-6, 32e9, True),
-    "TPU7x": Device(0.5 * 1153e12, 90e9, 2e-6, 95e9, True),
-    "NVIDIA A100": Device(0.5 * 312e12, 300e9, 8e-6, 80e9, False),
-    "NVIDIA H100": Device(0.5 * 989e12, 450e9, 8e-6, 80e9, False),
-    "NVIDIA H200": Device(0.5 * 989e12, 450e9, 8e-6, 141e9, False),
-    "cpu": Device(5e10, 5e9, 5e-5, 8e9, False),
+    "TPU v4": Device(0.5 * 275e12, 45e9, 2e-6, 32e9, 1.2e12, True),
+    "TPU v5 lite": Device(0.5 * 197e12, 45e9, 2e-6, 16e9, 0.82e12, True),
+    "TPU v5": Device(0.5 * 459e12, 90e9, 2e-6, 95e9, 2.77e12, True),
+    "TPU v6 lite": Device(0.5 * 918e12, 90e9, 2e-6, 32e9, 1.64e12, True),
+    "TPU7x": Device(0.5 * 1153e12, 90e9, 2e-6, 95e9, 3.69e12, True),
+    "NVIDIA A100": Device(0.5 * 312e12, 300e9, 8e-6, 80e9, 2.0e12, False),
+    "NVIDIA H100": Device(0.5 * 989e12, 450e9, 8e-6, 80e9, 3.35e12, False),
+    "NVIDIA H200": Device(0.5 * 989e12, 450e9, 8e-6, 141e9, 4.8e12, False),
+    "cpu": Device(5e10, 5e9, 5e-5, 8e9, 2e10, False),
 }
 """Half of the published peak, and the published links, by the beginning of JAX's `device_kind`."""
 
@@ -144,7 +147,9 @@ def _ring(shape: Shape, ring: int, ulysses: int, device: Device) -> Cost:
     exchange = exchanged / device.link * (max(1, ulysses / 8) if device.torus else 1)
     exchange += 6 * device.latency * (ulysses > 1)
     hop = lambda sent, share: max(sent / device.link + device.latency, share * flops / device.flops / ring)
-    around = ring * (hop(forward, 1 / 3.5) + hop(backward, 2.5 / 3.5)) if ring > 1 else flops / device.flops
+    sums = tokens * shape.heads / ulysses * waste * (shape.head_dim + (shape.value_dim or shape.head_dim)) + of_keys
+    merging = 3 * 4 * sums / device.bandwidth  # out, dq and dkv are read and written, what is added is read
+    around = ring * (hop(forward, 1 / 3.5) + hop(backward, 2.5 / 3.5) + merging) if ring > 1 else flops / device.flops
     sent = exchanged + (ring - 1) * (forward + backward) + (of_keys * 4 if ring > 1 else 0)
     held = 3 * (forward + backward) if ring > 1 else of_keys * (shape.itemsize + 4)
     return Cost(sent, flops, held, exchange + around)
