@@ -176,7 +176,7 @@ def _trapezoid(
     kept out of it so that no output depends on late_(t+1). The last token awaits its late part: M ends as S.
     """
     kept = late if resets is None else jnp.where(resets[..., None], 0.0, late)
-    following = next_token(kept, backend=backend)
+    following = next_token(kept, backend=backend if memory is None else Backend())  # with a state: text, in order
     m0 = None
     if memory is not None:
         s, last_k, last_v, _ = memory

@@ -103,7 +103,7 @@ def compressive_memory(
 
     cells = tuple(split(x, size) for x in (q, k, v, positions % segment == 0, whole))
     state, out = jax.lax.scan(jax.checkpoint(cell), state, cells)
-    return join(out, T).reshape(B, T, H, v.shape[-1]), state
+    return join(out, T).reshape(B, T, H, -1), state
 
 
 def _on_spans(segment: int, update: str, tokens: tuple, _: None, chain: Chain) -> tuple[Array, Recurrent]:
@@ -118,7 +118,8 @@ def _on_spans(segment: int, update: str, tokens: tuple, _: None, chain: Chain) -
     last = earlier(ids[:, -1] - EMPTY, 1, chain) + EMPTY
     flag = lambda rows: rows.astype(jnp.float32)[:, None, None]
 
-    _, z, _, z_pending = run(v=v[..., :0], update="linear")[1].memory
+    empty = vary_alike((last, empty_memory(B, K, C, 1)))[1]._replace(segment_ids=last)
+    _, z, _, z_pending = run(v=v[..., :1], update="linear", state=empty)[1].memory
     turned = (positions % segment == 0).any(1)
     past = prefix(followed, Past(z, z + z_pending, flag(last == ids[:, -1]), flag(turned)), chain)
     z, z_pending = past.seen, past.later - past.seen

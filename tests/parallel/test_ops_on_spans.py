@@ -186,7 +186,7 @@ def test_inside_ones_own_shard_map_ops_stay_local():
     tokens = jax.tree.map(lambda x: jnp.concatenate([x, -x]), tokens)
     backend = Backend(layout="zigzag")
     op = lambda t: delta_rule(t["q"], t["k"], t["v"], t["g"], t["beta"], chunk=4, backend=backend)
-    mesh = jax.make_mesh((4,), ("rows",), devices=jax.devices()[:4])
+    mesh = Mesh(np.array(jax.devices()[:4]), ("rows",))
     got = jax.jit(jax.shard_map(op, mesh=mesh, in_specs=P("rows"), out_specs=P("rows")))(tokens)
     close(got, op(tokens), 1e-6)
 
