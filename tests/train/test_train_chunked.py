@@ -116,6 +116,18 @@ def test_feed_forward_layers_that_look_back(name):
 
 
 @pytest.mark.slow
+def test_bfloat16_adds_up_the_gradient_of_the_caches_in_float32():
+    """Activations of 8 bits in 32 chunks: no further from float32 than the whole row in one is."""
+    model, data = small(FULL, LATENT, dtype="bfloat16"), batch(length=64)
+    params = params_of(model)
+    loss = lambda model: jax.jit(full(next_token_loss(model, chunk=8)))(params, data)[0]
+    want, whole = loss(model.clone(dtype="float32")), loss(model)
+    chunks = jax.jit(seco(model, chunk=2, loss_chunk=8))(params, data)[0]
+    away = lambda tree: optax.tree.norm(jax.tree.map(jnp.subtract, tree, want))
+    assert away(chunks) < 1.2 * away(whole)
+
+
+@pytest.mark.slow
 def test_micro_batches_and_a_mesh():
     model, data = small(FULL, example("kda")), batch(rows=8)
     grad_fn = accumulated(seco(model, chunk=6, loss_chunk=8), 2)
