@@ -1,8 +1,9 @@
-"""LLaMA 13B: multi-head attention, 13.02 B parameters (Touvron et al., arXiv 2302.13971, table 2), as in table 3 of Ring Attention
-(Liu et al., arXiv 2310.01889), whose longest contexts `experiments.scaling` compares.
+"""LLaMA 13B: multi-head attention, 13.02 B parameters (Touvron et al., arXiv 2302.13971, table 2).
 
-    python -m experiments.scaling --config=configs/llama_13b.py --topology=v4:8x8x16 --meshes="seq=1024" --longest \\
-        --lengths=16777216 --out=runs/llama_13b
+One of table 3 of Ring Attention (Liu et al., arXiv 2310.01889), whose longest rows `experiments.scaling` compares.
+
+    python -m experiments.scaling --config=configs/llama_13b.py --topology=v4:8x8x16 --meshes="seq=1024" \\
+        --lengths=16777216 --longest --out=runs/llama_13b
 """
 
 from configs.llama_7b import llama

@@ -1,8 +1,9 @@
-"""LLaMA 30B: multi-head attention, 32.53 B parameters (Touvron et al., arXiv 2302.13971, table 2), as in table 3 of Ring Attention
-(Liu et al., arXiv 2310.01889), whose longest contexts `experiments.scaling` compares.
+"""LLaMA 30B: multi-head attention, 32.53 B parameters (Touvron et al., arXiv 2302.13971, table 2).
 
-    python -m experiments.scaling --config=configs/llama_30b.py --topology=v4:8x8x16 --meshes="seq=512,ulysses=2" --longest \\
-        --lengths=8388608 --out=runs/llama_30b
+One of table 3 of Ring Attention (Liu et al., arXiv 2310.01889), whose longest rows `experiments.scaling` compares.
+
+    python -m experiments.scaling --config=configs/llama_30b.py --topology=v4:8x8x16 --meshes="seq=512,ulysses=2" \\
+        --lengths=8388608 --longest --out=runs/llama_30b
 """
 
 from configs.llama_7b import llama

@@ -1,8 +1,9 @@
-"""LLaMA 3B: multi-head attention, 3.43 B parameters (OpenLLaMA's, of LLaMA's shape), as in table 3 of Ring Attention
-(Liu et al., arXiv 2310.01889), whose longest contexts `experiments.scaling` compares.
+"""LLaMA 3B: multi-head attention, 3.43 B parameters (OpenLLaMA's, of LLaMA's shape).
 
-    python -m experiments.scaling --config=configs/llama_3b.py --topology=v5e:16x16 --meshes="seq=128,ulysses=2" --longest \\
-        --lengths=8388608 --out=runs/llama_3b
+One of table 3 of Ring Attention (Liu et al., arXiv 2310.01889), whose longest rows `experiments.scaling` compares.
+
+    python -m experiments.scaling --config=configs/llama_3b.py --topology=v5e:16x16 --meshes="seq=128,ulysses=2" \\
+        --lengths=8388608 --longest --out=runs/llama_3b
 """
 
 from configs.llama_7b import llama

@@ -1,8 +1,9 @@
-"""LLaMA 7B: multi-head attention, 6.74 B parameters (Touvron et al., arXiv 2302.13971, table 2), as in table 3 of Ring Attention
-(Liu et al., arXiv 2310.01889), whose longest contexts `experiments.scaling` compares.
+"""LLaMA 7B: multi-head attention, 6.74 B parameters (Touvron et al., arXiv 2302.13971, table 2).
 
-    python -m experiments.scaling --config=configs/llama_7b.py --topology=v5e:16x16 --meshes="seq=256" --longest \\
-        --lengths=4194304 --out=runs/llama_7b
+One of table 3 of Ring Attention (Liu et al., arXiv 2310.01889), whose longest rows `experiments.scaling` compares.
+
+    python -m experiments.scaling --config=configs/llama_7b.py --topology=v5e:16x16 --meshes="seq=256" \\
+        --lengths=4194304 --longest --out=runs/llama_7b
 """
 
 from configs.published import published

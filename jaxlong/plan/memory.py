@@ -47,7 +47,7 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Account:
-    """Where the bytes of a training step go."""
+    """Where the bytes of a training step go; `host` are those that the remat policy moves to the host's memory."""
 
     parameters: Bytes
     gradients: Bytes
@@ -57,6 +57,7 @@ class Account:
     loss: Bytes
     layer: Bytes
     table: Bytes
+    host: Bytes
 
     @property
     def peak(self) -> int:
@@ -106,6 +107,7 @@ def account(
         loss=everywhere(table * (e + 4) + logits * (8 + e)),
         layer=everywhere(layer),
         table=everywhere(table * (e + 4)),
+        host=everywhere(keeps.host / shards),
     )
 
 
@@ -123,10 +125,11 @@ def _of_leaves(leaves: Sequence[Any], devices: int) -> Bytes:
 
 
 class Kept(NamedTuple):
-    """Bytes that grow with the length, and those that do not."""
+    """Bytes that grow with the length, those that do not, and those that wait in the host's memory meanwhile."""
 
     tokens: int
     others: int
+    host: int
 
 
 def kept(experiment: Experiment, batch: int, length: int) -> Kept:
@@ -135,13 +138,18 @@ def kept(experiment: Experiment, batch: int, length: int) -> Kept:
     Traced at two lengths: what is twice as large at twice the length belongs to tokens.
     """
     once, twice = (_residuals(experiment, batch, n * length) for n in (1, 2))
-    grows = [small != large for small, large in zip(once, twice, strict=True)]
-    tokens = sum(size for size, token in zip(once, grows, strict=True) if token)
-    return Kept(tokens, sum(once) - tokens)
+    here = [(small.size, small.size != large.size) for small, large in zip(once, twice, strict=True) if not small.host]
+    tokens = sum(size for size, grows in here if grows)
+    return Kept(tokens, sum(size for size, _ in here) - tokens, sum(array.size for array in once if array.host))
 
 
-def _residuals(experiment: Experiment, batch: int, length: int) -> list[int]:
-    """Bytes of each array between the passes that is no argument of the loss."""
+class _Residual(NamedTuple):
+    size: int
+    host: bool
+
+
+def _residuals(experiment: Experiment, batch: int, length: int) -> list[_Residual]:
+    """Each array between the passes that is no argument of the loss."""
     model, recipe = experiment.model, experiment.train
     loss = next_token_loss(model, z_loss=recipe.z_loss, chunk=recipe.loss_chunk, mtp_weight=recipe.mtp_weight)
     shape = lambda dtype: jax.ShapeDtypeStruct((batch, length), dtype)
@@ -156,7 +164,9 @@ def _residuals(experiment: Experiment, batch: int, length: int) -> list[int]:
     arguments = {id(var) for var in jaxpr.invars}
     made = lambda var: not isinstance(var, Literal) and id(var) not in arguments
     found = {id(var): var.aval for var in jaxpr.outvars if made(var)}
-    return [math.prod(aval.shape) * aval.dtype.itemsize for aval in found.values()]
+    size = lambda aval: math.prod(aval.shape) * aval.dtype.itemsize
+    away = lambda aval: "host" in str(getattr(aval, "memory_space", "")).lower()
+    return [_Residual(size(aval), away(aval)) for aval in found.values()]
 
 
 def _one_round(experiment: Experiment, batch: int, length: int) -> Kept:
@@ -165,7 +175,7 @@ def _one_round(experiment: Experiment, batch: int, length: int) -> Kept:
     period, around = len(model.pattern), len(model.before) + len(model.after)
     rounds = lambda n: model.clone(remat="none", depth=around + n * period)
     one, two = (kept(dataclasses.replace(experiment, model=rounds(n)), batch, length) for n in (1, 2))
-    return Kept(two.tokens - one.tokens, two.others - one.others)
+    return Kept(two.tokens - one.tokens, two.others - one.others, 0)
 
 
 def _largest_round(model: LM) -> int:

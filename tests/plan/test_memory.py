@@ -80,13 +80,15 @@ def test_what_remat_keeps():
 
     def kept(remat):
         model = TINY.model.clone(remat=remat, depth=8)
-        return memory.kept(dataclasses.replace(TINY, model=model), 2, 256).tokens
+        return memory.kept(dataclasses.replace(TINY, model=model), 2, 256)
 
-    none, attended, full = map(kept, ("none", "attn_out", "full"))
+    none, attended, full = (kept(remat).tokens for remat in ("none", "attn_out", "full"))
+    away = kept("offload(block_in)")
     inputs = 8 * 2 * 256 * 128 * 4
     assert full >= inputs
     assert attended - full == pytest.approx(8 * 2 * 256 * (4 * 32 * 4 + 4 * 4), rel=0.1)
     assert none > 2 * attended
+    assert (away.tokens, away.host) == (full - inputs, inputs)
 
 
 def test_the_peak_is_near_the_compilers():
