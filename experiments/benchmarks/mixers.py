@@ -194,7 +194,7 @@ def tables(rows: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any
         f"One layer of width {WIDTH}, one row, float32; times and temporary memory at {first} tokens, decoding with a"
         f" state for 4K.\n",
         markdown_table(
-            ["mixer", "parameters", "forward ms", "fwd+bwd ms", "decode ms a token", "forward MiB", "fwd+bwd MiB"],
+            ["mixer", "parameters", "forward ms", "fwd+bwd ms", "forward MiB", "fwd+bwd MiB", "decode ms a token"],
             times,
         ),
         "Bytes of state of one row after as many tokens.\n",
