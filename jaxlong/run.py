@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlong.config import Experiment, from_data, to_data, validate
@@ -120,7 +120,7 @@ def program(experiment: Experiment) -> Program:
     return Program(step, lambda params: TrainState.create(params, tx))
 
 
-def sharded_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+def sharded_state(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shapes, dtypes and shardings of the state of training on a mesh."""
     model = experiment.model
     abstract = jax.eval_shape(lambda: program(experiment).create(init_params(model, jax.random.key(0))))
@@ -199,7 +199,7 @@ def flat(data: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: data}
 
 
-def param_shardings(model: LM, mesh: Mesh) -> Any:
+def param_shardings(model: LM, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for each parameter, from its logical axes."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     place = lambda names, leaf: NamedSharding(mesh, partition(tuple(names), leaf.shape, mesh))
