@@ -21,6 +21,7 @@ scaling.md, memory.png and mfu.png from all rows of the file.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -39,12 +40,11 @@ from experiments.benchmarks import scaling_report
 from experiments.benchmarks.simulated import devices_of
 from jaxlong.config import load, validate
 from jaxlong.core.types import BadInput
-from jaxlong.ops.attend import SEQUENCES
-from jaxlong.parallel.layout import order, parts
+from jaxlong.parallel.layout import parts
 from jaxlong.parallel.mesh import parse_mesh
 from jaxlong.plan import topology
 from jaxlong.plan.cost import KINDS
-from jaxlong.plan.topology import at
+from jaxlong.plan.exchange import at
 from jaxlong.train.checkpoint import check_workdir
 
 FLAGS = flags.FlagValues()
@@ -93,12 +93,10 @@ def _points(overrides: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
         sizes = parse_mesh(mesh, system.devices if system else devices_of(mesh))
         for length in _lengths():
             for strategy in FLAGS.strategies:
-                if strategy not in SEQUENCES:
-                    raise BadInput("strategies", strategy, "no such strategy", f"one of {', '.join(SEQUENCES)}")
                 batch = FLAGS.batch or sizes["data"] * sizes["fsdp"]
-                devices = sizes["seq"] * sizes["ulysses"]
-                order(FLAGS.layout, length, devices)
-                validate(at(experiment, mesh=mesh, batch=batch, length=length), math.prod(sizes.values()))
+                placed = dataclasses.replace(experiment, sequence=strategy, layout=FLAGS.layout)
+                everyone = math.prod(sizes.values())
+                validate(at(placed, mesh, devices=everyone, batch=batch, length=length), everyone)
                 yield {
                     "config": FLAGS.config,
                     "overrides": [list(pair) for pair in overrides],

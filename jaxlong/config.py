@@ -25,8 +25,11 @@ from jaxlong.evals import TASKS
 from jaxlong.layers.mlp import FEED_FORWARDS
 from jaxlong.layers.moe import MIXTURES
 from jaxlong.mixers import MIXERS
-from jaxlong.model import LM, Layer, parts
-from jaxlong.ops.attend import Backend
+from jaxlong.model import LM, Layer, balanced_layout, distributed, parts
+from jaxlong.ops.attend import SEQUENCES, Backend
+from jaxlong.parallel.layout import LAYOUTS
+from jaxlong.parallel.layout import parts as layout_parts
+from jaxlong.parallel.manual import SEQUENCE
 from jaxlong.parallel.mesh import parse_mesh
 from jaxlong.train.optim import OPTIMIZERS, SCHEDULES, AdamW, Cosine, Optimizer, Schedule
 
@@ -72,13 +75,22 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides what a run computes. `mesh` is parsed by `jaxlong.parallel.mesh.make_mesh`."""
+    """Everything that decides what a run computes.
+
+    Fields:
+        mesh: sizes of axes, as `jaxlong.parallel.mesh.make_mesh` reads them.
+        sequence, layout: how devices of the sequence axes share keys, and in which order they hold a row's tokens,
+            as in `jaxlong.ops.attend.Backend`, for all mixers. "auto" leaves the one to each mixer's backend, and
+            takes for the other what `jaxlong.model.balanced_layout` says.
+    """
 
     model: LM
     data: Data
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     mesh: str = "data=-1"
+    sequence: str = "auto"
+    layout: str = "auto"
     seed: int = 0
 
 
@@ -245,7 +257,9 @@ def _replace(node: Any, path: list[str], text: str, full: str, here: str) -> Any
     try:
         return node.clone(**{name: new}) if hasattr(node, "clone") else dataclasses.replace(node, **{name: new})
     except BadInput as error:
-        raise BadInput(full, text, error.why, error.allowed) from None
+        field = error.field.rpartition(".")[2]
+        at, value = (full, text) if field == name else (f"{here}.{field}", error.value)
+        raise BadInput(at, value, error.why, error.allowed) from None
 
 
 def parse(text: str, path: str, hint: Any = Any) -> Any:
@@ -311,19 +325,50 @@ def validate(experiment: Experiment, devices: int) -> dict[str, int]:
     if data.batch // train.accumulation % rows:
         why = f"{data.batch // train.accumulation} rows a micro-batch do not split over data * fsdp = {rows}"
         raise BadInput("data.batch", data.batch, why, f"a multiple of {rows * train.accumulation}")
-    if data.length % mesh["seq"]:
-        raise BadInput(
-            "data.length", data.length, f"does not split over seq = {mesh['seq']}", f"a multiple of {mesh['seq']}"
-        )
-    for i, layer in enumerate(model.pattern):
-        mixer = parts(layer, model.mlp)[0]
-        for name in ("heads", "kv_heads"):
-            if getattr(mixer, name, 0) % mesh["tensor"]:
-                why = f"does not split over tensor = {mesh['tensor']}"
-                raise BadInput(
-                    f"model.pattern.{i}.{name}", getattr(mixer, name), why, f"a multiple of {mesh['tensor']}"
-                )
+    _check_length(experiment, mesh)
+    for group in ("before", "pattern", "after"):
+        for i, layer in enumerate(getattr(model, group)):
+            for part in parts(layer, model.mlp):
+                _check_heads(f"model.{group}.{i}", part, mesh)
     return mesh
+
+
+def _check_length(experiment: Experiment, mesh: Mapping[str, int]) -> None:
+    """Rows must divide into what the layout hands to devices, and mixers must run on it."""
+    for name, allowed in (("sequence", SEQUENCES), ("layout", ("auto", *LAYOUTS))):
+        if getattr(experiment, name) not in allowed:
+            raise BadInput(name, getattr(experiment, name), "no such value", f"one of {', '.join(allowed)}")
+    length, devices = experiment.data.length, math.prod(mesh[axis] for axis in SEQUENCE)
+    layout = resolved(experiment, mesh).layout
+    count = layout_parts(layout, devices)
+    if length % count:
+        why = f"does not divide into the {count} parts of {layout} rows on {devices} devices"
+        raise BadInput("data.length", length, why, f"nearest: {max(1, round(length / count)) * count}")
+
+
+def _check_heads(where: str, part: Any, mesh: Mapping[str, int]) -> None:
+    """Heads and experts must divide over the axes that share them; a single key head is everyone's."""
+    for name, axis in (("heads", "tensor"), ("kv_heads", "tensor"), ("experts", "expert")):
+        count = getattr(part, name, 0)
+        if count % mesh[axis] and not (name == "kv_heads" and count == 1):
+            near = max(1, round(count / mesh[axis])) * mesh[axis]
+            raise BadInput(f"{where}.{name}", count, f"does not split over {axis} = {mesh[axis]}", f"nearest: {near}")
+
+
+def resolved(experiment: Experiment, mesh: Mapping[str, int]) -> Experiment:
+    """The experiment with the strategy and layout of its mesh's sequence axes in the backends of its mixers.
+
+    Args:
+        mesh: sizes of all axes, from `parse_mesh`.
+
+    Raises:
+        BadInput: no such strategy or layout, or a mixer does not run on it.
+    """
+    model, devices = experiment.model, math.prod(mesh[axis] for axis in SEQUENCE)
+    layout, sequence = experiment.layout, experiment.sequence
+    layout = balanced_layout(model, experiment.data.length, devices) if layout == "auto" else layout
+    model = distributed(model, sequence=None if sequence == "auto" else sequence, layout=layout)
+    return dataclasses.replace(experiment, model=model, layout=layout)
 
 
 def _at_least(field: str, value: float, least: float) -> None:

@@ -21,6 +21,7 @@ from jaxlong.mixers.base import ReadsKeys, SequenceMixer, SharesFirstValues
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.feed_forward import by_queries, feed_forward
 from jaxlong.ops.lookup import lookup
+from jaxlong.parallel.layout import parts as layout_parts
 from jaxlong.parallel.memory import named, policy
 from jaxlong.parallel.mesh import shard
 
@@ -163,8 +164,12 @@ def looks_back(mlp: nn.Module | None) -> bool:
 
 def by_queries_fits(mixer: nn.Module, mlp: nn.Module | None) -> bool:
     """Whether a block can be computed a block of queries at a time, once all keys are there."""
-    token_wise = not looks_back(mlp) and getattr(mlp, "blockwise", True)
-    return isinstance(mixer, ReadsKeys) and mixer.reads_keys and token_wise
+    return reads_keys(mixer) and not looks_back(mlp) and getattr(mlp, "blockwise", True)
+
+
+def reads_keys(mixer: nn.Module) -> bool:
+    """Whether a mixer looks at other tokens through their keys and values alone."""
+    return isinstance(mixer, ReadsKeys) and mixer.reads_keys
 
 
 def shares_values(mixer: nn.Module) -> bool:
@@ -257,6 +262,12 @@ class LM(nn.Module):
         """Mixer and feed-forward layer of every block, in order of depth."""
         entries = (*self.before, *self.pattern * self.groups, *self.after)
         return [parts(layer, self.mlp) for layer in entries]
+
+    @property
+    def layout(self) -> str:
+        """The order in which rows hold their tokens on a mesh, as all mixers take it (`distributed`)."""
+        backends = [getattr(mixer, "backend", None) for mixer, _ in self.blocks]
+        return next((backend.layout for backend in backends if backend is not None), "contiguous")
 
     @property
     def groups(self) -> int:
@@ -394,14 +405,14 @@ def _init(model: LM, key: Array) -> Any:
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def distributed(model: LM, *, sequence: str, layout: str) -> LM:
+def distributed(model: LM, *, sequence: str | None, layout: str) -> LM:
     """The same model, and parameters, with another strategy and layout of the sequence axis in all of its mixers.
 
     Args:
-        sequence, layout: as in `jaxlong.ops.attend.Backend`.
+        sequence, layout: as in `jaxlong.ops.attend.Backend`; `sequence` None leaves to each mixer its own.
 
     Raises:
-        BadInput: there is no such strategy or layout.
+        BadInput: there is no such strategy or layout, or a mixer does not run on it.
     """
 
     def place(layer: Any) -> Any:
@@ -410,10 +421,20 @@ def distributed(model: LM, *, sequence: str, layout: str) -> LM:
         backend = getattr(layer, "backend", None)
         return layer if backend is None else layer.clone(backend=replace(backend))
 
-    replace = lambda backend: dataclasses.replace(backend, sequence=sequence, layout=layout)
+    replace = lambda old: dataclasses.replace(old, sequence=sequence or old.sequence, layout=layout)
     replace(Backend())  # refuses names, mixers or not
     groups = {name: tuple(map(place, getattr(model, name))) for name in ("pattern", "before", "after")}
     return model.clone(mlp=place(model.mlp), **groups)
+
+
+def balanced_layout(model: LM, length: int, devices: int) -> str:
+    """The layout that shares a model's work evenly among devices of the sequence axis, for rows of `length` tokens.
+
+    Zigzag where a mixer attends causally over the whole row and the length divides; else contiguous, which sends least.
+    """
+    masks = [getattr(mixer, "mask", None) for mixer, _ in model.blocks if reads_keys(mixer)]
+    causal = any(mask.ahead() == 0 and mask.reach() is None for mask in masks if mask is not None)
+    return "zigzag" if causal and devices > 1 and length % layout_parts("zigzag", devices) == 0 else "contiguous"
 
 
 def extend(model: LM, scaling: Scaling) -> LM:

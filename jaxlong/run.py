@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +13,15 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlong.config import Experiment, from_data, to_data, validate
-from jaxlong.core.types import BadInput
+from jaxlong.config import Experiment, from_data, resolved, to_data, validate
+from jaxlong.core.types import BadInput, Batch
 from jaxlong.data import Batches, Data, batches
 from jaxlong.evals import Loss, Table, evaluate, loss_by_position, perplexity, report
 from jaxlong.evals.perplexity import save_losses
 from jaxlong.inference import Runner
 from jaxlong.model import LM, init_params, logical_axes
+from jaxlong.parallel.layout import permute
+from jaxlong.parallel.manual import SEQUENCE
 from jaxlong.parallel.mesh import make_mesh, partition, shard_batch
 from jaxlong.train.checkpoint import Store, check_workdir, load_params, open_checkpoint, stored_config
 from jaxlong.train.grads import accumulated, full, next_token_loss
@@ -31,7 +34,7 @@ from jaxlong.train.step import Step, make_step
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = frozenset(
-    {"mesh", "evaluation", "data.threads"}
+    {"mesh", "sequence", "layout", "evaluation", "data.threads"}
     | {f"train.{name}" for name in ("steps", "log_every", "save_every", "keep", "tensorboard", "profile")}
 )
 """Fields that a run may be continued with other values of."""
@@ -65,7 +68,8 @@ def train(
     Raises:
         BadInput: before compilation, for anything about the experiment or the folder that cannot work.
     """
-    check(experiment, workdir, params)
+    stored, sizes = to_data(experiment), check(experiment, workdir, params)
+    experiment = resolved(experiment, sizes)
     model, recipe = experiment.model, experiment.train
     stream = batches(
         experiment.data, seed=experiment.seed, process_index=jax.process_index(), process_count=jax.process_count()
@@ -75,7 +79,7 @@ def train(
     with jax.set_mesh(mesh):
         target = sharded_state(experiment, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-        store = Store(workdir, config=to_data(experiment), keep=recipe.keep)
+        store = Store(workdir, config=stored, keep=recipe.keep)
         restored = store.restore(target)
         if restored is not None:
             state = restored.state
@@ -91,7 +95,7 @@ def train(
             state = fit(
                 state,
                 compiled,
-                (shard_batch(batch, mesh) for batch in stream),
+                (shard_batch(laid_out(batch, experiment.layout, sizes), mesh) for batch in stream),
                 steps=recipe.steps,
                 hooks=[*_hooks(experiment, Path(workdir), title), *hooks, _checkpoints(experiment, store, stream)],
                 flops_per_token=flops_per_token(model, experiment.data.length),
@@ -132,12 +136,19 @@ def jitted(step: Step, shardings: TrainState) -> Any:
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def check(experiment: Experiment, workdir: str | Path, params: Any = None) -> None:
-    """All that `train` checks before it reads data. Raises BadInput; changes nothing."""
-    validate(experiment, jax.device_count())
+def laid_out(batch: Batch, layout: str, sizes: Mapping[str, int]) -> Batch:
+    """Rows of text in the order of a layout on the sequence axes of a mesh; positions and segments go with them."""
+    devices = math.prod(sizes[axis] for axis in SEQUENCE)
+    return jax.tree.map(lambda rows: permute(rows, layout, devices), batch)
+
+
+def check(experiment: Experiment, workdir: str | Path, params: Any = None) -> dict[str, int]:
+    """All that `train` checks before it reads data; returns the mesh's sizes. Raises BadInput; changes nothing."""
+    sizes = validate(experiment, jax.device_count())
     check_resumable(experiment, workdir)
     if params is not None:
         check_params(experiment.model, params)
+    return sizes
 
 
 def check_params(model: LM, params: Any) -> None:

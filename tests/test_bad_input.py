@@ -143,7 +143,7 @@ CASES = [
     pre("--config.model.dtype=float8", say="config.model.dtype: float8: no floating type of activations"),
     pre("--config.model.remat=some", say="config.model.remat: some: no such remat policy; one of none"),
     pre("--config.model.depth=3", "--config.model.pattern=(GQA(heads=2,kv_heads=1,head_dim=8),"
-        "GQA(heads=2,kv_heads=2,head_dim=8))", say="config.model.pattern"),
+        "GQA(heads=2,kv_heads=2,head_dim=8))", say="config.model.depth: 1: no multiple of the pattern's length 2"),
     pre("--config.model.pattern.1.heads=2",
         say="config.model.pattern.1.heads: 2: config.model.pattern has no item '1'"),
     pre("--config.model.pattern.0.kv_heads=3", say="config.model.pattern.0.kv_heads: 3: does not divide heads = 2"),
@@ -171,7 +171,21 @@ CASES = [
     pre("--mesh=data", say="mesh: data: 'data' is not axis=size"),
     pre("--mesh=data=1,tensor=8", say="model.pattern.0.heads: 2: does not split over tensor = 8"),
     pre("--mesh=data=8", "--config.data.batch=6", say="data.batch: 6"),
-    pre("--mesh=data=1,seq=8", "--config.data.length=20", say="data.length: 20: does not split over seq = 8"),
+    pre(
+        *("--mesh=data=1,seq=8", "--config.data.length=20"),
+        say="data.length: 20: does not divide into the 8 parts of contiguous rows on 8 devices; nearest: 16",
+    ),
+    pre(
+        *("--mesh=data=1,seq=8", "--config.layout=zigzag", "--config.data.length=24"),
+        say="data.length: 24: does not divide into the 16 parts of zigzag rows on 8 devices; nearest: 32",
+    ),
+    pre("--config.layout=zigzg", say="layout: zigzg: no such value; one of auto, contiguous, zigzag, striped"),
+    pre("--config.sequence=rings", say="sequence: rings: no such value; one of auto, none, all_gather, ring, ulysses"),
+    pre(
+        *("--mesh=data=4,tensor=2", "--config.model.pattern=(GQA(heads=4,kv_heads=3,head_dim=8),)"),
+        say="kv_heads: 3: does not divide heads = 4; one of [1, 2, 4]",
+    ),
+    pre("--config.model.pattern.0.heads=3", say="config.model.pattern.0.kv_heads: 2: does not divide heads = 3"),
     pre("--config.train.accumulation=3", say="train.accumulation: 3: does not divide data.batch = 8"),
     pre("--config.data.length=1", say="config.data.length: 1: too small"),
     pre("--config.data.batch=0", say="config.data.batch: 0: too small"),

@@ -15,7 +15,6 @@ from absl import flags
 from experiments import cli
 from experiments.benchmarks import simulated
 from jaxlong.config import Experiment, load
-from jaxlong.model import distributed
 from jaxlong.parallel.mesh import parse_mesh
 from jaxlong.plan import cost, memory, topology
 from jaxlong.run import count_params
@@ -30,12 +29,11 @@ def main(overrides: Sequence[tuple[str, str]]) -> None:
     began = time.monotonic()
     point = json.loads(FLAGS.point)
     experiment = cli.apply_overrides(load(FLAGS.config), None, overrides)
-    placed = distributed(experiment.model, sequence=point["strategy"], layout=point["layout"])
-    experiment = dataclasses.replace(experiment, model=placed)
+    experiment = dataclasses.replace(experiment, sequence=point["strategy"], layout=point["layout"])
     row = {"point": point, "versions": versions(), "parameters": count_params(experiment.model)}
     row |= counted(experiment, point)
     if point["topology"] is None:
-        row |= simulated.compare(experiment, point["mesh"], point["layout"], point["length"])
+        row |= simulated.compare(experiment, point["mesh"], point["length"])
     else:
         where = {name: point[name] for name in ("mesh", "batch", "length")}
         report = topology.compile_step(experiment, topology.parse(point["topology"]), **where)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlong.config import Experiment
+from jaxlong.config import Experiment, resolved
 from jaxlong.core.types import BadInput, Batch
 from jaxlong.model import LM, Layer
-from jaxlong.parallel.layout import parts, permute
+from jaxlong.parallel.layout import parts
 from jaxlong.parallel.mesh import parse_mesh
 
 TOKENS = 16
@@ -82,21 +83,21 @@ def _small_part(part: Any, sizes: Mapping[str, int]) -> Any:
         return part
 
 
-def compare(experiment: Experiment, mesh: str, layout: str, length: int) -> dict[str, Any]:
+def compare(experiment: Experiment, mesh: str, length: int) -> dict[str, Any]:
     """Errors against one device, relative to the largest value, and milliseconds of both; a row's part."""
     import jax
 
     from experiments.benchmarks.timing import medians
     from jaxlong.model import init_params
     from jaxlong.parallel.mesh import make_mesh, shard_batch
-    from jaxlong.run import param_shardings
+    from jaxlong.run import laid_out, param_shardings
     from jaxlong.train.grads import full, next_token_loss
 
     sizes = parse_mesh(mesh, jax.device_count())
     sequence = sizes["seq"] * sizes["ulysses"]
-    unit = parts(layout, sequence)
+    unit = parts(experiment.layout, sequence)
     length = max(unit, min(length, TOKENS * sequence) // unit * unit)
-    model = small(experiment.model, sizes)
+    model = resolved(dataclasses.replace(experiment, model=small(experiment.model, sizes)), sizes).model
     grad = jax.jit(full(next_token_loss(model, chunk=8)))
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     rows = sizes["data"] * sizes["fsdp"]
@@ -104,7 +105,7 @@ def compare(experiment: Experiment, mesh: str, layout: str, length: int) -> dict
     placed = make_mesh(mesh)
     with jax.set_mesh(placed):
         here = jax.device_put(params, param_shardings(model, placed))
-        batch = shard_batch(Batch(*(permute(x, layout, sequence) for x in text)), placed)
+        batch = shard_batch(laid_out(text, experiment.layout, sizes), placed)
         sharded = grad.lower(here, batch).compile()
         got = jax.device_get(sharded(here, batch))
     alone = grad.lower(params, text).compile()

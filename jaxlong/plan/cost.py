@@ -27,7 +27,7 @@ from jaxlong.model import LM, init_params
 from jaxlong.parallel import cost
 from jaxlong.parallel.manual import SEQUENCE
 from jaxlong.parallel.mesh import parse_mesh
-from jaxlong.plan.exchange import attention_shape, sequence_devices, strategy_of
+from jaxlong.plan.exchange import at, attention_shape, sequence_devices, strategy_of
 from jaxlong.run import count_params, flops_per_token
 from jaxlong.train.throughput import peak_flops
 
@@ -75,7 +75,8 @@ def step(experiment: Experiment, kind: str, *, mesh: str, devices: int, batch: i
     Raises:
         BadInput: nothing is known of such devices, or the mesh does not fit them.
     """
-    peak, model, sizes = peak_flops(kind), experiment.model, parse_mesh(mesh, devices)
+    peak, sizes = peak_flops(kind), parse_mesh(mesh, devices)
+    model = at(experiment, mesh, devices=devices, batch=batch, length=length).model
     if peak is None:
         raise BadInput("device", kind, "its peak is not known", f"one of {', '.join(KINDS.values())}")
     device = cost.device(kind)

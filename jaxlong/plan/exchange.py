@@ -1,16 +1,29 @@
-"""What the mixers of a model exchange along the sequence, as the cost model of attention takes it."""
+"""An experiment at a size and on a mesh, and what its mixers exchange there, as attention's cost model takes it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxlong.config import Experiment, resolved
 from jaxlong.model import LM
 from jaxlong.parallel import cost
 from jaxlong.parallel.manual import SEQUENCE
+from jaxlong.parallel.mesh import parse_mesh
+
+
+def at(experiment: Experiment, mesh: str, *, devices: int, batch: int, length: int) -> Experiment:
+    """The experiment with `batch` rows of `length` tokens, as it runs on another mesh of so many devices.
+
+    Raises:
+        BadInput: the mesh does not fit the devices.
+    """
+    data = dataclasses.replace(experiment.data, batch=batch, length=length)
+    return resolved(dataclasses.replace(experiment, mesh=mesh, data=data), parse_mesh(mesh, devices))
 
 
 def attention_shape(mixer: Any, model: LM, sizes: Mapping[str, int], batch: int, length: int) -> cost.Shape | None:

@@ -33,7 +33,7 @@ from jaxlong.model import LM, init_params
 from jaxlong.parallel import cost
 from jaxlong.parallel.manual import SEQUENCE
 from jaxlong.parallel.mesh import AXES, parse_mesh
-from jaxlong.plan.exchange import attention_shape, sequence_devices, strategy_of
+from jaxlong.plan.exchange import at, attention_shape, sequence_devices, strategy_of
 from jaxlong.run import sharded_state
 from jaxlong.train.grads import next_token_loss
 
@@ -83,7 +83,9 @@ def account(
     Raises:
         BadInput: the mesh does not fit the devices.
     """
-    model, sizes = experiment.model, parse_mesh(mesh, devices)
+    sizes = parse_mesh(mesh, devices)
+    experiment = at(experiment, mesh, devices=devices, batch=batch, length=length)
+    model = experiment.model
     rows, seq, tensor = sizes["data"] * sizes["fsdp"], sequence_devices(sizes), sizes["tensor"]
     shards, e = rows * seq, jnp.dtype(model.dtype).itemsize
     everywhere = lambda chip: Bytes(int(chip), int(chip) * devices)

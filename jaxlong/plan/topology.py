@@ -30,6 +30,7 @@ from jaxlong.core.types import BadInput, Batch
 from jaxlong.parallel.flags import compile_with
 from jaxlong.parallel.mesh import make_mesh, partition
 from jaxlong.plan import hlo
+from jaxlong.plan.exchange import at
 from jaxlong.run import jitted, program, sharded_state
 
 GIB = 2**30
@@ -176,7 +177,7 @@ def compile_step(
     Raises:
         BadInput: mesh, batch, length or heads do not fit one another, told before compilation.
     """
-    experiment = at(experiment, mesh=mesh, batch=batch, length=length)
+    experiment = at(experiment, mesh, devices=topology.devices, batch=batch, length=length)
     validate(experiment, topology.devices)
     began = time.perf_counter()
     lowered = lower(experiment, make_mesh(mesh, described(topology)))
@@ -205,12 +206,6 @@ def compile_step(
         permutes=dataclasses.asdict(said.permutes),
         unread_loops=said.unread,
     )
-
-
-def at(experiment: Experiment, *, mesh: str, batch: int, length: int) -> Experiment:
-    """The experiment with rows of another length, as many of them, on another mesh."""
-    data = dataclasses.replace(experiment.data, batch=batch, length=length)
-    return dataclasses.replace(experiment, mesh=mesh, data=data)
 
 
 def lower(experiment: Experiment, mesh: Any) -> Any:

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.types import BadInput, Batch
 from jaxlong.ops.loss import cross_entropy
+from jaxlong.parallel.rows import from_text, to_text
 from jaxlong.train.state import Params
 
 Metrics = dict[str, Array]
@@ -50,8 +51,8 @@ def next_token_loss(model: Any, *, z_loss: float = 0.0, chunk: int = 1024, mtp_w
     """Cross entropy of the targets that a batch carries, in nats a weighted label, and what layers add to it.
 
     Args:
-        model: a `jaxlong.model.LM`, or anything with its `apply(..., method="features")`, `head`, `soft_cap` and
-            `mtp`. Scalars that its layers sow into "losses" are added; those in "metrics" are reported.
+        model: a `jaxlong.model.LM`, or anything with its `apply(..., method="features")`, `head`, `soft_cap`,
+            `mtp` and `layout`. Scalars that its layers sow into "losses" are added; those in "metrics" are reported.
         z_loss: weight of the mean squared log partition function (PaLM, arXiv 2204.02311, section 5).
         chunk: tokens whose logits exist at once.
         mtp_weight: of the mean loss of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, equation 25).
@@ -78,7 +79,7 @@ def next_token_loss(model: Any, *, z_loss: float = 0.0, chunk: int = 1024, mtp_w
         loss, stats, count = entropy(hidden, batch.targets, batch.loss_weights)
         metrics = {"nll": stats.nll_sum / count, "accuracy": stats.correct_sum / count, "weight": stats.weight_sum}
         if model.mtp:
-            future = ahead(batch, model.mtp)
+            future = ahead(batch, model.mtp, layout=model.layout)
             further, more = model.apply(
                 {"params": params}, hidden, future.tokens, **where, **sown, method="features_ahead"
             )
@@ -100,19 +101,22 @@ class Ahead(NamedTuple):
     weights: Float[Array, "M B T"]
 
 
-def ahead(batch: Batch, depth: int) -> Ahead:
+def ahead(batch: Batch, depth: int, *, layout: str = "contiguous") -> Ahead:
     """The next tokens, their labels and those labels' weights: 0 where the label lies in another document.
 
-    Rows must be in the order of the text, as the data pipeline gives them.
+    Args:
+        layout: the order of the batch's tokens on the mesh of `jax.set_mesh`.
     """
-    tokens, targets, weights = [], [], []
-    for m in range(1, depth + 1):
-        later = lambda x, n: jnp.concatenate([x[:, n:], jnp.zeros_like(x[:, :n])], axis=1)
-        same = later(batch.segment_ids, m) == batch.segment_ids
-        tokens.append(later(batch.targets, m - 1))
-        targets.append(later(batch.targets, m))
-        weights.append(jnp.where(same, later(batch.loss_weights, m), 0))
-    return Ahead(*map(jnp.stack, (tokens, targets, weights)))
+    later = lambda x, n: jnp.concatenate([x[:, n:], jnp.zeros_like(x[:, :n])], axis=1)
+
+    rows = (batch.targets, batch.loss_weights, batch.segment_ids)
+    targets, weights, segments = to_text(rows, layout)
+    same = lambda m: later(segments, m) == segments
+    found = [
+        (later(targets, m - 1), later(targets, m), jnp.where(same(m), later(weights, m), 0))
+        for m in range(1, depth + 1)
+    ]
+    return Ahead(*map(jnp.stack, zip(*from_text(found, layout), strict=True)))
 
 
 def reported(told: Any, collection: str) -> dict[str, Any]:

@@ -10,9 +10,8 @@ import pytest
 
 from jaxlong.config import load
 from jaxlong.core.types import BadInput
-from jaxlong.model import distributed
 from jaxlong.parallel.mesh import make_mesh
-from jaxlong.plan import cost, hlo, topology
+from jaxlong.plan import cost, exchange, hlo, topology
 from jaxlong.run import flops_per_token
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,14 +21,13 @@ BIG = {"mesh": "fsdp=4,seq=64", "devices": 256, "batch": 4, "length": 2**20}
 
 
 def placed(strategy: str, remat: str = "attn_out") -> object:
-    model = distributed(TINY.model.clone(remat=remat), sequence=strategy, layout="contiguous")
-    return dataclasses.replace(TINY, model=model)
+    return dataclasses.replace(TINY, model=TINY.model.clone(remat=remat), sequence=strategy, layout="contiguous")
 
 
 @pytest.mark.parametrize(("strategy", "mesh"), [("ring", "seq=4"), ("all_gather", "seq=4"), ("usp", "seq=2,ulysses=2")])
 def test_bytes_are_those_of_the_compiled_step(strategy, mesh):
     """Gathers of weights and keys, scattered gradients, hops: all that a device sends, counted and predicted."""
-    experiment = topology.at(placed(strategy), mesh=mesh, batch=1, length=1024)
+    experiment = exchange.at(placed(strategy), mesh, devices=4, batch=1, length=1024)
     compiled = topology.lower(experiment, make_mesh(mesh, jax.devices()[:4])).compile()
     counted = sum(kind.bytes for kind in hlo.read(compiled.as_text()).collectives.values())
     predicted = cost.step(experiment, "TPU v5", mesh=mesh, devices=4, batch=1, length=1024).sent
@@ -45,8 +43,7 @@ def test_flops_are_those_of_the_run():
 
 
 def test_at_a_million_tokens_the_ring_hides_and_attention_is_most():
-    model = distributed(LLAMA.model, sequence="ring", layout="zigzag")
-    step = cost.step(dataclasses.replace(LLAMA, model=model), "TPU v6 lite", **BIG)
+    step = cost.step(dataclasses.replace(LLAMA, sequence="ring"), "TPU v6 lite", **BIG)
     assert step.seconds["attention"] > 5 * step.seconds["products"]
     assert 0.3 < step.mfu < 0.5
     assert step.total == sum(step.seconds.values())

@@ -13,9 +13,9 @@ from jaxlong.config import load
 from jaxlong.core.types import BadInput
 from jaxlong.layers.mlp import SwiGLU
 from jaxlong.mixers import GQA, MLA
-from jaxlong.model import LM, distributed, init_params
+from jaxlong.model import LM, init_params
 from jaxlong.parallel.mesh import make_mesh
-from jaxlong.plan import memory, topology
+from jaxlong.plan import exchange, memory, topology
 from jaxlong.run import program, sharded_state
 
 ROOT = Path(__file__).parent.parent.parent
@@ -93,8 +93,9 @@ def test_what_remat_keeps():
 
 def test_the_peak_is_near_the_compilers():
     """On this machine's compiler, which keeps what the formula counts and little else."""
-    model = distributed(TINY.model.clone(remat="full", mlp_block=64, depth=8), sequence="ring", layout="contiguous")
-    experiment = topology.at(dataclasses.replace(TINY, model=model), mesh="seq=4", batch=1, length=8192)
+    model = TINY.model.clone(remat="full", mlp_block=64, depth=8)
+    experiment = dataclasses.replace(TINY, model=model, sequence="ring", layout="contiguous")
+    experiment = exchange.at(experiment, "seq=4", devices=4, batch=1, length=8192)
     placed = make_mesh("seq=4", jax.devices()[:4])
     compiled = topology.lower(experiment, placed).compile().memory_analysis()
     compiled = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes

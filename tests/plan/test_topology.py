@@ -9,7 +9,6 @@ import pytest
 
 from jaxlong.config import load
 from jaxlong.core.types import BadInput
-from jaxlong.model import distributed
 from jaxlong.plan import topology
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,8 +69,8 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_compiled():
 @pytest.mark.parametrize("system", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
 def test_a_small_step_compiles_and_its_ring_is_hidden(system):
     pytest.importorskip("libtpu")
-    model = distributed(TINY.model.clone(remat="full", mlp_block=512), sequence="ring", layout="zigzag")
-    experiment = dataclasses.replace(TINY, model=model)
+    model = TINY.model.clone(remat="full", mlp_block=512)
+    experiment = dataclasses.replace(TINY, model=model, sequence="ring", layout="zigzag")
     found = topology.compile_step(experiment, topology.parse(system), mesh="fsdp=2,seq=4", batch=2, length=32768)
     assert found.fits and 0 < found.peak_gib < 1
     assert found.permutes["synchronous"] == 0
@@ -81,8 +80,8 @@ def test_a_small_step_compiles_and_its_ring_is_hidden(system):
 @pytest.mark.slow
 def test_too_long_a_row_is_a_report():
     pytest.importorskip("libtpu")
-    model = distributed(TINY.model.clone(width=1024), sequence="ring", layout="zigzag")
-    experiment = dataclasses.replace(TINY, model=model)
+    model = TINY.model.clone(width=1024)
+    experiment = dataclasses.replace(TINY, model=model, sequence="ring", layout="zigzag")
     found = topology.compile_step(experiment, topology.parse("v5e:2x2"), mesh="seq=4", batch=1, length=2**22)
     assert not found.fits
     assert found.peak_gib > found.hbm_gib == 15.75
