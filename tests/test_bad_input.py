@@ -143,7 +143,7 @@ CASES = [
     pre("--config.model.dtype=float8", say="config.model.dtype: float8: no floating type of activations"),
     pre("--config.model.remat=some", say="config.model.remat: some: no such remat policy; one of none"),
     pre("--config.model.depth=3", "--config.model.pattern=(GQA(heads=2,kv_heads=1,head_dim=8),"
-        "GQA(heads=2,kv_heads=2,head_dim=8))", say="config.model.depth: 1: no multiple of the pattern's length 2"),
+        "GQA(heads=2,kv_heads=2,head_dim=8))", say="config.model.depth: 3: no multiple of the pattern's length 2"),
     pre("--config.model.pattern.1.heads=2",
         say="config.model.pattern.1.heads: 2: config.model.pattern has no item '1'"),
     pre("--config.model.pattern.0.kv_heads=3", say="config.model.pattern.0.kv_heads: 3: does not divide heads = 2"),
