@@ -31,6 +31,8 @@ from jaxlong.parallel.layout import LAYOUTS
 from jaxlong.parallel.layout import parts as layout_parts
 from jaxlong.parallel.manual import SEQUENCE
 from jaxlong.parallel.mesh import parse_mesh
+from jaxlong.train.chunked import GRADIENTS, SAMPLINGS
+from jaxlong.train.grads import Gradient, Whole
 from jaxlong.train.optim import OPTIMIZERS, SCHEDULES, AdamW, Cosine, Optimizer, Schedule
 
 
@@ -39,6 +41,7 @@ class Train:
     """How to train.
 
     Fields:
+        gradient: how gradients are taken: `Whole`, or in chunks of the row (`jaxlong.train.chunked`).
         steps: optimizer steps.    accumulation: micro-batches a step.    clip: global gradient norm; 0 is none.
         z_loss: weight of log(Z)^2.    mtp_weight: of multi-token prediction's loss, where the model has it.
         loss_chunk: tokens a row whose logits exist at once.
@@ -50,6 +53,7 @@ class Train:
     steps: int = 1000
     optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=lambda: Cosine(peak=1e-3, warmup=50))
+    gradient: Gradient = field(default_factory=Whole)
     clip: float = 1.0
     accumulation: int = 1
     z_loss: float = 0.0
@@ -105,6 +109,7 @@ REGISTRY: Mapping[str, type] = _by_class_name(
     *MIXERS.values(), *FEED_FORWARDS.values(), *MIXTURES.values(), *mask.MASKS.values(),
     *position.POSITIONS.values(), *position.SCALINGS.values(),
     *SOURCES.values(), *TOKENIZERS.values(), *TASKS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(),
+    *GRADIENTS.values(), *SAMPLINGS.values(),
 )  # fmt: skip
 """Every class that a stored or overridden configuration may name."""
 
@@ -366,7 +371,12 @@ def resolved(experiment: Experiment, mesh: Mapping[str, int]) -> Experiment:
     """
     model, devices = experiment.model, math.prod(mesh[axis] for axis in SEQUENCE)
     layout, sequence = experiment.layout, experiment.sequence
-    layout = balanced_layout(model, experiment.data.length, devices) if layout == "auto" else layout
+    gradient = experiment.train.gradient
+    if layout == "auto":
+        layout = "contiguous" if gradient.in_text_order else balanced_layout(model, experiment.data.length, devices)
+    if gradient.in_text_order and layout != "contiguous":
+        why = f"{type(gradient).__name__} cuts rows along the text"
+        raise BadInput("layout", layout, why, "nearest: contiguous")
     model = distributed(model, sequence=None if sequence == "auto" else sequence, layout=layout)
     return dataclasses.replace(experiment, model=model, layout=layout)
 

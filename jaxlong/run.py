@@ -24,7 +24,7 @@ from jaxlong.parallel.layout import permute
 from jaxlong.parallel.manual import SEQUENCE
 from jaxlong.parallel.mesh import make_mesh, partition, shard_batch
 from jaxlong.train.checkpoint import Store, check_workdir, load_params, open_checkpoint, stored_config
-from jaxlong.train.grads import accumulated, full, next_token_loss
+from jaxlong.train.grads import accumulated
 from jaxlong.train.hooks import Checkpoints, JsonLines, Profile, Progress, TensorBoard
 from jaxlong.train.loop import Hook, fit
 from jaxlong.train.optim import learning_rate, make_optimizer
@@ -118,9 +118,10 @@ def program(experiment: Experiment) -> Program:
     tx = make_optimizer(
         recipe.optimizer, recipe.schedule, steps=recipe.steps, clip=recipe.clip, axes=logical_axes(model)
     )
-    loss = next_token_loss(model, z_loss=recipe.z_loss, chunk=recipe.loss_chunk, mtp_weight=recipe.mtp_weight)
+    weights = {"z_loss": recipe.z_loss, "mtp_weight": recipe.mtp_weight}
+    grad_fn = recipe.gradient.of(model, loss_chunk=recipe.loss_chunk, seed=experiment.seed, **weights)
     rate = learning_rate(recipe.schedule, recipe.steps)
-    step = make_step(accumulated(full(loss), recipe.accumulation), tx, learning_rate=rate)
+    step = make_step(accumulated(grad_fn, recipe.accumulation), tx, learning_rate=rate)
     return Program(step, lambda params: TrainState.create(params, tx))
 
 
@@ -182,7 +183,7 @@ def check_resumable(experiment: Experiment, workdir: str | Path) -> None:
     stored = stored_config(workdir)
     if stored is None:
         return
-    there, here = flat(stored), flat(to_data(experiment))
+    there, here = flat(to_data(from_data(stored))), flat(to_data(experiment))  # fields that it lacks have defaults
     for name in sorted(there.keys() | here.keys()):
         old, new = there.get(name, "absent"), here.get(name, "absent")
         if old != new and not _may_change(name):

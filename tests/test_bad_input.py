@@ -179,6 +179,11 @@ CASES = [
         *("--mesh=data=1,seq=8", "--config.layout=zigzag", "--config.data.length=24"),
         say="data.length: 24: does not divide into the 16 parts of zigzag rows on 8 devices; nearest: 32",
     ),
+    pre(
+        *("--mesh=data=1,seq=8", "--config.layout=zigzag", "--config.train.gradient=SeCO(chunk=8)"),
+        say="layout: zigzag: SeCO cuts rows along the text; nearest: contiguous",
+    ),
+    pre("--config.train.gradient=SeCO(chunk=0)", say="train.chunk: 0: a chunk holds at least one token; 1 or more"),
     pre("--config.layout=zigzg", say="layout: zigzg: no such value; one of auto, contiguous, zigzag, striped"),
     pre("--config.sequence=rings", say="sequence: rings: no such value; one of auto, none, all_gather, ring, ulysses"),
     pre(

@@ -191,6 +191,7 @@ def in_text_order(call: Any) -> Any:
         rows = lambda tokens: inner(tokens[0], positions=tokens[1], segment_ids=tokens[2])[0]
         return text_order(rows, (x, positions, segment_ids), backend=self.backend), None
 
+    ordered.in_text_order = True
     return ordered
 
 

@@ -12,7 +12,7 @@ rings that went round) are kept for every chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from jaxlong.core.state import Appended, nbytes
 from jaxlong.core.types import BadInput, Batch, State
 from jaxlong.ops.loss import LossStats, cross_entropy
-from jaxlong.train.grads import Drawing, GradFn, Metrics, means, reported
+from jaxlong.train.grads import Drawing, GradFn, Metrics, Whole, means, reported
 from jaxlong.train.state import Params
 
 
@@ -153,6 +153,41 @@ def chosen_gradient(
         return grads, _metrics(history.told, rows.count) | {"chunks": draw.selected.sum().astype(jnp.float32)}
 
     return grad_fn
+
+
+@dataclass(frozen=True)
+class SeCO:
+    """`seco` in chunks of so many tokens."""
+
+    chunk: int
+
+    in_text_order = True
+
+    def __post_init__(self):
+        _checked(self.chunk)
+
+    def of(self, model: Any, *, z_loss: float, loss_chunk: int, mtp_weight: float, seed: int) -> GradFn:
+        return seco(model, chunk=self.chunk, z_loss=z_loss, loss_chunk=loss_chunk)
+
+
+@dataclass(frozen=True)
+class SpaCO:
+    """`spaco` in chunks of so many tokens, drawn as `sampling` says."""
+
+    chunk: int
+    sampling: Bernoulli | WithoutReplacement
+
+    in_text_order = True
+
+    def __post_init__(self):
+        _checked(self.chunk)
+
+    def of(self, model: Any, *, z_loss: float, loss_chunk: int, mtp_weight: float, seed: int) -> Drawing:
+        return spaco(model, chunk=self.chunk, sampling=self.sampling, seed=seed, z_loss=z_loss, loss_chunk=loss_chunk)
+
+
+GRADIENTS: Mapping[str, type] = {"whole": Whole, "seco": SeCO, "spaco": SpaCO}
+SAMPLINGS: Mapping[str, type] = {"bernoulli": Bernoulli, "without_replacement": WithoutReplacement}
 
 
 def _checked(chunk: int) -> int:

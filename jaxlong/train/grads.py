@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,18 @@ class Drawing:
 
     def __call__(self, params: Params, batch: Batch, draw: Any = 0) -> tuple[Params, Metrics]:
         return self.fn(params, batch, draw)
+
+
+@runtime_checkable
+class Gradient(Protocol):
+    """How gradients are taken, as a training recipe names it: `Whole`, `SeCO`, `SpaCO`."""
+
+    in_text_order: bool
+    """Whether rows must be in the order of the text."""
+
+    def of(self, model: Any, *, z_loss: float, loss_chunk: int, mtp_weight: float, seed: int) -> GradFn | Drawing:
+        """The gradient function of a model's `next_token_loss`; arguments as there, and the seed of what is drawn."""
+        ...
 
 
 def drawing(grad_fn: GradFn | Drawing, draw: Any) -> GradFn:
@@ -142,6 +154,16 @@ def full(loss_fn: LossFn) -> GradFn:
         return grads, metrics | {"loss": loss}
 
     return grad_fn
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole rows at once."""
+
+    in_text_order = False
+
+    def of(self, model: Any, *, z_loss: float, loss_chunk: int, mtp_weight: float, seed: int) -> GradFn:
+        return full(next_token_loss(model, z_loss=z_loss, chunk=loss_chunk, mtp_weight=mtp_weight))
 
 
 def accumulated(grad_fn: GradFn | Drawing, steps: int) -> GradFn | Drawing:

@@ -46,10 +46,10 @@ def test_on_simulated_devices(tmp_path, capsys, monkeypatch):
     [
         (["--meshes=sequence=2"], "mesh: sequence=2: unknown axis 'sequence'"),
         (["--meshes=seq=-1"], "meshes: seq=-1: of how many devices?"),
-        (["--meshes=seq=4", "--lengths=66"], "length: 66: does not divide into the 8 parts of zigzag; nearest: 64"),
+        (["--meshes=seq=4", "--lengths=66"], "data.length: 66: does not divide into the 8 parts of zigzag rows"),
         (["--meshes=seq=4", "--lengths=long"], "lengths: ['long']: not integers"),
         (["--meshes=fsdp=4", "--batch=6"], "data.batch: 6: 6 rows a micro-batch do not split over data * fsdp = 4"),
-        (["--meshes=seq=4", "--strategies=rings"], "strategies: rings: no such strategy"),
+        (["--meshes=seq=4", "--strategies=rings"], "backend.sequence: rings: "),
         (["--meshes=seq=4", "--topology=v6:4x4"], "topology: v6:4x4: no family 'v6' is known"),
         (["--meshes=seq=4", "--topology=v6e:4x4"], "mesh: seq=4: multiplies to 4, but there are 16 devices"),
         (["--meshes=seq=4", "--longest"], "longest: True: only a compiler says what fits"),
