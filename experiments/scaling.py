@@ -4,13 +4,14 @@
         --lengths=4096,8192 --out=runs/scaling
     python -m experiments.scaling --config=configs/llama3_8b.py --meshes="fsdp=4,seq=64;seq=256" \\
         --lengths=131072,1048576 --topology=v6e:16x16 --out=runs/scaling
-    python -m experiments.scaling --config=configs/llama3_8b.py --meshes="seq=256" --lengths=1048576 \\
-        --topology=v5e:16x16 --longest --out=runs/longest
+    python -m experiments.scaling --config=configs/llama3_8b.py --meshes="seq=256" --longest \\
+        --topology=v5e:16x16 --out=runs/longest
 
 Without a topology each mesh is one of simulated CPU devices, where a small version of the model is compared with one
 device (errors of loss and gradients) and timed: times of a simulation, which say nothing about accelerators. With one,
 the TPU compiler (`pip install libtpu`) compiles the full training step, each row in a process of its own with a time
-limit. `--longest` takes the lengths as where to start, and finds the longest row that fits by doubling, then bisection.
+limit. `--longest` finds the longest row that fits: from the length that the formulas say, or the one given, in steps
+that double, then by bisection.
 
 Beside that every row has what `jaxlong.plan` counts without compiling: bytes a chip, flops, bytes sent, and the
 predicted step time and MFU on the topology's chips (--chip names others), which nobody measured.
@@ -38,11 +39,11 @@ from absl import flags
 from experiments import cli
 from experiments.benchmarks import scaling_report
 from experiments.benchmarks.simulated import devices_of
-from jaxlong.config import load, validate
+from jaxlong.config import Experiment, load, validate
 from jaxlong.core.types import BadInput
 from jaxlong.parallel.layout import parts
 from jaxlong.parallel.mesh import parse_mesh
-from jaxlong.plan import topology
+from jaxlong.plan import memory, topology
 from jaxlong.plan.cost import KINDS
 from jaxlong.plan.exchange import at
 from jaxlong.train.checkpoint import check_workdir
@@ -56,7 +57,12 @@ flags.DEFINE_list("strategies", ["ring"], "how devices share keys: names of Back
 flags.DEFINE_string("layout", "zigzag", "order of a row's tokens on devices", flag_values=FLAGS)
 flags.DEFINE_string("topology", None, "compile for this TPU system: v6e:16x16, v4:8x8x16, ...", flag_values=FLAGS)
 flags.DEFINE_string("chip", "v5p", "chips of the prediction, without a topology", flag_values=FLAGS)
-flags.DEFINE_bool("longest", False, "find the longest row that fits, from each length on", flag_values=FLAGS)
+flags.DEFINE_bool(
+    "longest",
+    False,
+    "find the longest row that fits, near each length or near what the formulas say",
+    flag_values=FLAGS,
+)
 flags.DEFINE_float("precision", 0.125, "of --longest: the last step, as a share of the length", flag_values=FLAGS)
 flags.DEFINE_integer("limit", 1800, "seconds of a row", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "folder of the results", flag_values=FLAGS)
@@ -91,10 +97,11 @@ def _points(overrides: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
         raise BadInput("chip", FLAGS.chip, "is not known", f"one of {', '.join(KINDS)}")
     for mesh in filter(None, (part.strip() for part in FLAGS.meshes.split(";"))):
         sizes = parse_mesh(mesh, system.devices if system else devices_of(mesh))
-        for length in _lengths():
-            for strategy in FLAGS.strategies:
-                batch = FLAGS.batch or sizes["data"] * sizes["fsdp"]
-                placed = dataclasses.replace(experiment, sequence=strategy, layout=FLAGS.layout)
+        batch = FLAGS.batch or sizes["data"] * sizes["fsdp"]
+        for strategy in FLAGS.strategies:
+            placed = dataclasses.replace(experiment, sequence=strategy, layout=FLAGS.layout)
+            guess = FLAGS.longest and not FLAGS.lengths
+            for length in [_by_formula(placed, mesh, system, batch)] if guess else _lengths():
                 everyone = math.prod(sizes.values())
                 validate(at(placed, mesh, devices=everyone, batch=batch, length=length), everyone)
                 yield {
@@ -187,19 +194,34 @@ def _environment(point: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _longest(rows: Rows, point: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
-    """Doubles the length until it fits no more, or halves it until it does; then bisects."""
+    """From a length near it: steps up while it fits, or down until it does, each twice the last; then bisects."""
     fits = lambda length: _row(rows, point | {"length": length}, overrides)["status"] == "ok"
     sizes = parse_mesh(point["mesh"], topology.parse(point["topology"]).devices)
     unit = parts(point["layout"], sizes["seq"] * sizes["ulysses"])
-    low, high = 0, point["length"]
-    while fits(high):
-        low, high = high, 2 * high
-    while not low and high % (2 * unit) == 0:
-        low, high = (high // 2, high) if fits(high // 2) else (0, high // 2)
-    step = max(unit, round(low * FLAGS.precision / unit) * unit)
-    while low and high - low > step:
-        middle = low + max(1, (high - low) // (2 * step)) * step
+    whole = lambda length: max(unit, round(length / unit) * unit)
+    low = high = point["length"]
+    step = whole(FLAGS.precision * low)
+    if fits(low):
+        while fits(high := low + step):
+            low, step = high, 2 * step
+    else:
+        while (low := max(0, high - step)) and not fits(low):
+            high, step = low, 2 * step
+    while low and high - low > whole(FLAGS.precision * low):
+        middle = low + whole((high - low) / 2)
         low, high = (middle, high) if fits(middle) else (low, middle)
+
+
+def _by_formula(experiment: Experiment, mesh: str, system: topology.Topology, batch: int) -> int:
+    """The length at which `jaxlong.plan.memory` says that a device is full: what a row takes grows with its length."""
+    sizes = parse_mesh(mesh, system.devices)
+    unit = parts(FLAGS.layout, sizes["seq"] * sizes["ulysses"])
+    lengths = [unit * math.ceil(tokens / unit) for tokens in (2**18, 2**20)]
+    where = {"devices": system.devices, "batch": batch, "kind": system.family.kind}
+    peaks = [memory.account(experiment, mesh, length=length, **where).peak for length in lengths]
+    a_token = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
+    room = system.family.hbm * topology.GIB - peaks[0]
+    return max(unit, math.floor((lengths[0] + room / a_token) / unit) * unit)
 
 
 def _tell(point: Mapping[str, Any], what: str) -> None:

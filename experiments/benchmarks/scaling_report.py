@@ -43,12 +43,18 @@ def _versions(rows: Sequence[Row]) -> str:
     return "".join(f"{line}\n" for line in told)
 
 
+def model_of(row: Row) -> str:
+    """The configuration, and what was set beside it."""
+    point = row["point"]
+    return " ".join(
+        [Path(point["config"]).stem, *(f"{path.split('.')[-1]}={text}" for path, text in point["overrides"])]
+    )
+
+
 def name_of(row: Row) -> str:
     """A row's curve."""
     point = row["point"]
-    return " ".join(
-        str(x) for x in (Path(point["config"]).stem, point["topology"] or "", point["mesh"], point["strategy"]) if x
-    )
+    return " ".join(str(x) for x in (model_of(row), point["topology"] or "", point["mesh"], point["strategy"]) if x)
 
 
 def _table(columns: Mapping[str, Callable[[Row], Any]], rows: Sequence[Row]) -> str:
@@ -74,7 +80,7 @@ def _number(of: Callable[[Row], Any], digits: int, scale: float = 1.0) -> Callab
 
 
 WHAT: Mapping[str, Callable[[Row], Any]] = {
-    "model": lambda row: Path(row["point"]["config"]).stem,
+    "model": model_of,
     "chips": _of("point", "topology"),
     "mesh": _of("point", "mesh"),
     "strategy": _of("point", "strategy"),
@@ -189,9 +195,10 @@ def _by_chips(best: Sequence[Row]) -> Any:
     from jaxlong.evals import report
 
     curves = []
-    for model in dict.fromkeys(row["point"]["config"] for row in best):
-        found = sorted((row["devices"], row["point"]["length"]) for row in best if row["point"]["config"] == model)
-        curves.append(report.Curve(Path(model).stem, [n for n, _ in found], [length for _, length in found]))
+    kind = lambda row: f"{model_of(row)} {row['point']['topology'].partition(':')[0]}"
+    for name in dict.fromkeys(map(kind, best)):
+        found = sorted((row["devices"], row["point"]["length"]) for row in best if kind(row) == name)
+        curves.append(report.Curve(name, [n for n, _ in found], [length for _, length in found]))
     figure = report.lines(curves, x_label="chips", y_label="longest row that fits (tokens)")
     axis = figure.axes[0]
     for curve in curves:
