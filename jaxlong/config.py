@@ -263,7 +263,8 @@ def _replace(node: Any, path: list[str], text: str, full: str, here: str) -> Any
         return node.clone(**{name: new}) if hasattr(node, "clone") else dataclasses.replace(node, **{name: new})
     except BadInput as error:
         field = error.field.rpartition(".")[2]
-        at, value = (full, text) if field == name else (f"{here}.{field}", error.value)
+        other = field != name and field in field_names(node)
+        at, value = (f"{here}.{field}", error.value) if other else (full, text)
         raise BadInput(at, value, error.why, error.allowed) from None
 
 
