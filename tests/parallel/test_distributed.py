@@ -30,11 +30,12 @@ MODEL = LM(
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("sequence", "mesh"),
     [
-        ("ring", "data=2,seq=4"),
         ("usp", "seq=2,ulysses=2"),
+        ("ring", "data=2,seq=4"),
         ("auto", "seq=8"),
     ],
 )

@@ -221,6 +221,7 @@ def test_states_are_all_that_moves(name, layout, ways):
     assert max(sent["collective-permute"]) <= B * H * K * (V + K)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [(KDA(heads=2, head_dim=4, chunk=4), GQA(heads=2, kv_heads=1, head_dim=4))])
 def test_a_model_on_zigzag(pattern):
     """Layers scanned and recomputed; documents packed; the gradients of all parameters."""

@@ -24,6 +24,7 @@ def placed(strategy: str, remat: str = "attn_out") -> object:
     return dataclasses.replace(TINY, model=TINY.model.clone(remat=remat), sequence=strategy, layout="contiguous")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("strategy", "mesh"), [("ring", "seq=4"), ("all_gather", "seq=4"), ("usp", "seq=2,ulysses=2")])
 def test_bytes_are_those_of_the_compiled_step(strategy, mesh):
     """Gathers of weights and keys, scattered gradients, hops: all that a device sends, counted and predicted."""

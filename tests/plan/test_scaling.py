@@ -22,7 +22,7 @@ def call(*argv: str) -> int:
 
 def test_on_simulated_devices(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    arguments = [*SMALL, "--meshes=seq=2;fsdp=2,seq=2", f"--out={tmp_path}"]
+    arguments = [*SMALL, "--meshes=seq=2;seq=1", f"--out={tmp_path}"]
     assert call(*arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["status"] for row in rows] == ["ok", "ok"]
@@ -37,7 +37,7 @@ def test_on_simulated_devices(tmp_path, capsys, monkeypatch):
     made = []
     monkeypatch.setattr(scaling, "_made", lambda point, _: made.append(point["mesh"]) or rows[1])
     assert call(*arguments) == 0
-    assert made == ["fsdp=2,seq=2"]
+    assert made == ["seq=1"]
     assert len(scaling.Rows(tmp_path / "rows.jsonl").all) == 2
 
 
