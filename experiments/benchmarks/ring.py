@@ -1,6 +1,6 @@
 """Ring attention over simulated devices, beside the `ringattention` package's path in plain JAX.
 
-The package imports on current JAX with one name put back: `pip install --no-deps ringattention einops`. Devices share
+The package (`pip install -e '.[peers]'`) imports on current JAX with one name put back. Devices share
 the cores of one host, so a time is the work of all of them; what a layout saves on real ones is in
 `jaxlong.parallel.balance`.
 """
