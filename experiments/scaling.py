@@ -67,6 +67,9 @@ flags.DEFINE_float("precision", 0.125, "of --longest: the last step, as a share 
 flags.DEFINE_integer("limit", 1800, "seconds of a row", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "folder of the results", flag_values=FLAGS)
 
+BLOCK = 512
+"""Tokens of a device's part of which `--longest` tries multiples: odd parts make programs of many odd loops."""
+
 FINISHED = ("ok", "does not fit")
 """Rows that are not made again; those that failed or took too long are."""
 
@@ -197,7 +200,7 @@ def _longest(rows: Rows, point: dict[str, Any], overrides: Sequence[tuple[str, s
     """From a length near it: steps up while it fits, or down until it does, each twice the last; then bisects."""
     fits = lambda length: _row(rows, point | {"length": length}, overrides)["status"] == "ok"
     sizes = parse_mesh(point["mesh"], topology.parse(point["topology"]).devices)
-    unit = parts(point["layout"], sizes["seq"] * sizes["ulysses"])
+    unit = BLOCK * parts(point["layout"], sizes["seq"] * sizes["ulysses"])
     whole = lambda length: max(unit, round(length / unit) * unit)
     low = high = point["length"]
     step = whole(FLAGS.precision * low)
@@ -215,7 +218,7 @@ def _longest(rows: Rows, point: dict[str, Any], overrides: Sequence[tuple[str, s
 def _by_formula(experiment: Experiment, mesh: str, system: topology.Topology, batch: int) -> int:
     """The length at which `jaxlong.plan.memory` says that a device is full: what a row takes grows with its length."""
     sizes = parse_mesh(mesh, system.devices)
-    unit = parts(FLAGS.layout, sizes["seq"] * sizes["ulysses"])
+    unit = BLOCK * parts(FLAGS.layout, sizes["seq"] * sizes["ulysses"])
     lengths = [unit * math.ceil(tokens / unit) for tokens in (2**18, 2**20)]
     where = {"devices": system.devices, "batch": batch, "kind": system.family.kind}
     peaks = [memory.account(experiment, mesh, length=length, **where).peak for length in lengths]

@@ -62,6 +62,9 @@ class Block(nn.Module):
         state: State,
         first: Any = None,
     ) -> tuple[Float[Array, "B T D"], State, Any]:
+        # Ties positions to the layer: otherwise XLA hoists every mask out of the scan over layers and stores them all.
+        # Behind the name, since what comes before a named value is not kept to have it again.
+        x, positions = jax.lax.optimization_barrier((named(x, "block_in"), positions))
         where = {"positions": positions, "segment_ids": segment_ids}
         if self.query_block and state is None and self._by_queries_works():
             return shard(self._by_queries(x, **where), "batch", "seq", None), None, first
@@ -121,13 +124,17 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-    """Blocks one after another: one round of the pattern, the body of the scan over depth."""
+    """Blocks one after another: one round of the pattern, the body of the scan over depth if it is `scanned`.
+
+    Each is computed again by itself in the backward pass, where `remat` says so.
+    """
 
     layers: tuple[nn.Module | Layer, ...]
     mlp: nn.Module | None
     mlp_block: int
     query_block: int = 0
     remat: str = "none"
+    scanned: bool = False
 
     @nn.compact
     def __call__(
@@ -139,14 +146,12 @@ class Group(nn.Module):
     ) -> tuple[tuple[Array, Any], tuple[State, ...]]:
         x, first = carry
         out = []
+        kind = Block
+        if self.remat != "none":  # forward and backward passes of a scan are apart: nothing there is common to both
+            kind = nn.remat(Block, policy=policy(self.remat), prevent_cse=not self.scanned)
         for i, layer in enumerate(self.layers):
-            x = named(x, "block_in")
-            if i == 0:
-                # Ties positions to the layer: otherwise XLA hoists every mask out of the scan and stores them all.
-                # Behind the name, since what comes before a named value is not kept to have it again.
-                x, positions = jax.lax.optimization_barrier((x, positions))
             mixer, mlp = map(_fresh, parts(layer, self.mlp))
-            block = Block(mixer, mlp, self.mlp_block, self.query_block, self.remat, name=f"block_{i}")
+            block = kind(mixer, mlp, self.mlp_block, self.query_block, self.remat, name=f"block_{i}")
             x, state, first = block(x, positions, segment_ids, None if states is None else states[i], first)
             out.append(state)
         return (x, first), tuple(out)
@@ -277,20 +282,19 @@ class LM(nn.Module):
     def setup(self):
         table = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
         self.table = self.param("embed", table, (self.vocab, self.width), jnp.float32)
-        group = Group if self.remat == "none" else nn.remat(Group, policy=policy(self.remat), prevent_cse=False)
         mlp = _fresh(self.mlp)
         how = (mlp, self.mlp_block, self.query_block, self.remat)
-        self.first_layers = group(self.before, *how) if self.before else None
+        self.first_layers = Group(self.before, *how) if self.before else None
         self.layers = nn.scan(
-            group,
+            Group,
             variable_axes={"params": 0, "losses": 0, "metrics": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             out_axes=0,
             length=self.groups,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.pattern, *how)
-        self.last_layers = group(self.after, *how) if self.after else None
+        )(self.pattern, *how, scanned=True)
+        self.last_layers = Group(self.after, *how) if self.after else None
         self.norm = RMSNorm()
         if self.mtp:
             last = parts(self.pattern[-1], self.mlp)

@@ -6,7 +6,7 @@
 
                         head                  its gradient                  logits of a chunk, their gradient
     loss      V D e / tensor + V D 4 / tensor + b m V (4 + 4 + e) / tensor
-    layer     what one round of the pattern keeps without remat, its weights in e bytes, their gradients in 4,
+    layer     what the largest block keeps without remat, its weights in e bytes, their gradients in 4,
               keys and their gradients by the strategy's model in `jaxlong.parallel.cost`, and two residual streams
     table     V D (4 + e) / tensor, the embedding's gradient
 
@@ -29,12 +29,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxlong.config import Experiment
 from jaxlong.core.types import Batch
-from jaxlong.model import LM, init_params
+from jaxlong.model import LM, Layer, init_params
 from jaxlong.parallel import cost
 from jaxlong.parallel.manual import SEQUENCE
 from jaxlong.parallel.mesh import AXES, parse_mesh
 from jaxlong.plan.exchange import at, attention_shape, sequence_devices, strategy_of
-from jaxlong.run import sharded_state
+from jaxlong.run import count_params, sharded_state
 from jaxlong.train.grads import next_token_loss
 
 
@@ -93,10 +93,9 @@ def account(
     state = sharded_state(experiment, abstract_mesh(sizes))
     parameters = _of_leaves(jax.tree.leaves(state.params), devices)
     keeps = kept(experiment, batch, length)
-    bare = _one_round(experiment, batch, length)
-    weights = _largest_round(model) / tensor
     stream = batch * length * model.width * e / shards
-    layer = bare.tokens / shards + weights * (e + 4) + 2 * stream
+    blocks = _blocks(experiment, batch, length)
+    layer = max(keeps.tokens / shards + count / tensor * (e + 4) + 2 * stream for keeps, count in blocks)
     layer += _held_keys(model, sizes, batch, length, cost.device(kind))
     table = model.vocab * model.width / tensor
     logits = max(1, batch // rows) * min(experiment.train.loss_chunk, length // seq) * model.vocab / tensor
@@ -171,19 +170,16 @@ def _residuals(experiment: Experiment, batch: int, length: int) -> list[_Residua
     return [_Residual(size(aval), away(aval)) for aval in found.values()]
 
 
-def _one_round(experiment: Experiment, batch: int, length: int) -> Kept:
-    """What one round of the pattern keeps, nothing computed again: what exists while it goes backward."""
-    model = experiment.model
-    period, around = len(model.pattern), len(model.before) + len(model.after)
-    rounds = lambda n: model.clone(remat="none", depth=around + n * period)
-    one, two = (kept(dataclasses.replace(experiment, model=rounds(n)), batch, length) for n in (1, 2))
-    return Kept(two.tokens - one.tokens, two.others - one.others, 0)
-
-
-def _largest_round(model: LM) -> int:
-    """Parameters of one round of the pattern."""
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) // model.groups
+def _blocks(experiment: Experiment, batch: int, length: int) -> list[tuple[Kept, int]]:
+    """Of each different block: what it keeps, nothing computed again, as it is while it goes backward; parameters."""
+    found = []
+    for mixer, mlp in dict.fromkeys(experiment.model.blocks):
+        alone = experiment.model.clone(before=(), after=(), pattern=(Layer(mixer, mlp),), mtp=0, remat="none")
+        once, twice = (dataclasses.replace(experiment, model=alone.clone(depth=n)) for n in (1, 2))
+        one, two = (kept(models, batch, length) for models in (once, twice))
+        keeps = Kept(two.tokens - one.tokens, two.others - one.others, 0)
+        found.append((keeps, count_params(twice.model) - count_params(once.model)))
+    return found
 
 
 def _held_keys(model: LM, sizes: Mapping[str, int], batch: int, length: int, device: cost.Device) -> float:
