@@ -19,7 +19,7 @@ from jaxlong.evals import Loss, Table, evaluate, loss_by_position, perplexity, r
 from jaxlong.evals.perplexity import save_losses
 from jaxlong.inference import Runner
 from jaxlong.model import LM, init_params, logical_axes
-from jaxlong.parallel.mesh import make_mesh, partition, shard_batch
+from jaxlong.parallel.mesh import make_mesh, partition, row_share, shard_batch
 from jaxlong.train.checkpoint import Store, check_workdir, load_params, open_checkpoint, stored_config
 from jaxlong.train.grads import accumulated, full, next_token_loss
 from jaxlong.train.hooks import Checkpoints, JsonLines, Profile, Progress, TensorBoard
@@ -67,10 +67,9 @@ def train(
     """
     check(experiment, workdir, params)
     model, recipe = experiment.model, experiment.train
-    stream = batches(
-        experiment.data, seed=experiment.seed, process_index=jax.process_index(), process_count=jax.process_count()
-    )
     mesh = make_mesh(experiment.mesh)
+    share = row_share(mesh.devices, jax.process_index())
+    stream = batches(experiment.data, seed=experiment.seed, share=share.index, shares=share.count)
     step, create = program(experiment)
     with jax.set_mesh(mesh):
         target = sharded_state(experiment, mesh)
