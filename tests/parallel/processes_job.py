@@ -1,12 +1,14 @@
 """One process of a job, which its environment describes.
 
 python processes_job.py experiment WORKDIR MESH    trains EXPERIMENT on a mesh
-python processes_job.py toy STEPS WORKDIR ...      trains the toy of tests/train in each folder, slowly
+python processes_job.py toy WORKDIR NAME:STEPS ... trains the toy of tests/train in WORKDIR/NAME, for each
+python processes_job.py sum WORKDIR                adds over all devices, again and again, and writes a line each
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,9 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent.parent.parent), str(Path(__file__).parent.parent / "train")]
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxlong import run
 from jaxlong.config import Experiment, Train
@@ -40,13 +45,29 @@ EXPERIMENT = Experiment(
     train=Train(steps=4, optimizer=AdamW(), schedule=Cosine(peak=1e-2, warmup=1), log_every=1, loss_chunk=8),
 )
 
+
+def add_forever(workdir: Path) -> None:
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.jit(lambda: jnp.arange(8.0), out_shardings=NamedSharding(mesh, P("data")))()
+    add = jax.jit(lambda x: x + x.sum())
+    workdir.mkdir(exist_ok=True)
+    while True:
+        jax.block_until_ready(x := add(x))
+        if jax.process_index() == 0:
+            with (workdir / "metrics.jsonl").open("a") as file:
+                file.write('{"loss": 0}\n')
+        time.sleep(0.05)
+
+
 if __name__ == "__main__":
     init_distributed(heartbeat=HEARTBEAT)
-    what, first, *rest = sys.argv[1:]
+    what, workdir, *rest = sys.argv[1:]
     if what == "experiment":
-        run.train(replace(EXPERIMENT, mesh=rest[0]), first)
+        run.train(replace(EXPERIMENT, mesh=rest[0]), workdir)
+    elif what == "sum":
+        add_forever(Path(workdir))
     else:
         import train_toy as toy
 
-        for workdir in rest:
-            toy.run(workdir, int(first), pause=0.05, devices=jax.device_count())
+        for name, steps in (each.split(":") for each in rest):
+            toy.run(f"{workdir}/{name}", int(steps), pause=0.05, devices=jax.device_count())
