@@ -13,6 +13,7 @@ from absl import flags
 from jaxlong.config import Experiment, load, override, to_data
 from jaxlong.core.types import BadInput
 from jaxlong.data import describe
+from jaxlong.parallel.processes import leave
 from jaxlong.train.loop import Diverged
 
 
@@ -22,6 +23,12 @@ def experiment_flags(values: flags.FlagValues, config: str | None = None) -> Non
         "config", config, "Python file of an experiment; --config.path.to.field=value", flag_values=values
     )
     flags.DEFINE_string("mesh", None, "shorthand of --config.mesh: data=2,fsdp=2,seq=2", flag_values=values)
+
+
+def process_flags(values: flags.FlagValues) -> None:
+    """Define --init_timeout and --heartbeat, as scripts that train in many processes take them."""
+    flags.DEFINE_integer("init_timeout", 300, "seconds to wait for the other processes", flag_values=values)
+    flags.DEFINE_integer("heartbeat", 100, "seconds of silence after which a process is dead", flag_values=values)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -103,7 +110,8 @@ def run(
 ) -> int:
     """Parse flags and call `main(overrides)`; what ends early says why in one line on stderr.
 
-    Exit code: 0; 1 if training diverged; 2 for bad input; 130 for Ctrl-C.
+    Exit code: 0, also after SIGTERM; 1 if training diverged; 2 for bad input; 75 where another process of the job was
+    killed or does not answer (`jaxlong.parallel.processes.LOST`; it is not returned: the process ends); 130 for Ctrl-C.
     """
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -117,17 +125,17 @@ def run(
             raise BadInput("argument", " ".join(left), "is no flag", "--name=value; see --help")
         main(overrides)
     except BadInput as error:
-        return _say(str(error))
+        return _end(2, str(error))
     except flags.Error as error:
-        return _say(f"flag: {' '.join(argv[1:])}: {' '.join(str(error).split())}; see --help")
+        return _end(2, f"flag: {' '.join(argv[1:])}: {' '.join(str(error).split())}; see --help")
     except Diverged as error:
-        _say(str(error))
-        return 1
+        return _end(1, str(error))
     except KeyboardInterrupt:
-        return 130
+        return _end(130, "")
     return 0
 
 
-def _say(line: str) -> int:
-    sys.stderr.write(line + "\n")
-    return 2
+def _end(code: int, line: str) -> int:
+    sys.stderr.write(line + "\n" if line else "")
+    leave(code)
+    return code

@@ -30,6 +30,7 @@ flags.DEFINE_string("mesh", None, "mesh of the new run: data=2,fsdp=2,seq=2", fl
 flags.DEFINE_string("method", "yarn", f"one of {', '.join(METHODS)}", flag_values=FLAGS)
 flags.DEFINE_float("factor", 4.0, "how many times longer", flag_values=FLAGS)
 flags.DEFINE_integer("steps", 100, "steps of the fine-tune", flag_values=FLAGS)
+cli.process_flags(FLAGS)
 
 
 def main(overrides) -> None:
@@ -43,10 +44,11 @@ def main(overrides) -> None:
 
     from jaxlong import run
     from jaxlong.model import extend
-    from jaxlong.parallel.mesh import init_distributed, parse_mesh
+    from jaxlong.parallel.mesh import parse_mesh
+    from jaxlong.parallel.processes import init_distributed
     from jaxlong.train.optim import Cosine
 
-    init_distributed()
+    init_distributed(timeout=FLAGS.init_timeout, heartbeat=FLAGS.heartbeat)
     loaded = run.load(source)
     base, length = loaded.experiment, loaded.experiment.data.length
     factor = FLAGS.factor

@@ -72,7 +72,7 @@ def bigram(experiment) -> float:
     from jaxlong.data import batches
 
     counts = np.zeros((experiment.model.vocab, experiment.model.vocab))
-    rows = batches(experiment.data, seed=experiment.seed, process_index=0, process_count=1)
+    rows = batches(experiment.data, seed=experiment.seed)
     for _ in range(experiment.train.steps):
         batch = next(rows)
         real = batch.loss_weights > 0

@@ -17,16 +17,16 @@ from experiments import cli
 FLAGS = flags.FlagValues()
 cli.experiment_flags(FLAGS)
 flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, the experiment", flag_values=FLAGS)
-flags.DEFINE_integer("init_timeout", 300, "seconds to wait for the other processes", flag_values=FLAGS)
+cli.process_flags(FLAGS)
 
 
 def main(overrides) -> None:
     workdir = cli.required(FLAGS, "workdir", "--workdir=runs/name")
     experiment = cli.build(FLAGS, overrides)
     from jaxlong import run
-    from jaxlong.parallel.mesh import init_distributed
+    from jaxlong.parallel.processes import init_distributed
 
-    init_distributed(timeout=FLAGS.init_timeout)
+    init_distributed(timeout=FLAGS.init_timeout, heartbeat=FLAGS.heartbeat)
     run.check(experiment, workdir)
     cli.show(experiment)
     run.train(experiment, workdir)

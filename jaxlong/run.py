@@ -22,7 +22,7 @@ from jaxlong.inference import Runner
 from jaxlong.model import LM, init_params, logical_axes
 from jaxlong.parallel.layout import permute
 from jaxlong.parallel.manual import SEQUENCE
-from jaxlong.parallel.mesh import make_mesh, partition, shard_batch
+from jaxlong.parallel.mesh import make_mesh, partition, row_share, shard_batch
 from jaxlong.train.checkpoint import Store, check_workdir, load_params, open_checkpoint, stored_config
 from jaxlong.train.grads import accumulated
 from jaxlong.train.hooks import Checkpoints, JsonLines, Profile, Progress, TensorBoard
@@ -71,10 +71,9 @@ def train(
     stored, sizes = to_data(experiment), check(experiment, workdir, params)
     experiment = resolved(experiment, sizes)
     model, recipe = experiment.model, experiment.train
-    stream = batches(
-        experiment.data, seed=experiment.seed, process_index=jax.process_index(), process_count=jax.process_count()
-    )
     mesh = make_mesh(experiment.mesh)
+    share = row_share(mesh.devices, jax.process_index())
+    stream = batches(experiment.data, seed=experiment.seed, share=share.index, shares=share.count)
     step, create = program(experiment)
     with jax.set_mesh(mesh):
         target = sharded_state(experiment, mesh)

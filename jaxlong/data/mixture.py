@@ -63,7 +63,7 @@ class Data:
 
 
 class Batches(Iterator[Batch]):
-    """Batch after batch without end: NumPy arrays `[b, T]`, this process's share of each global batch.
+    """Batch after batch without end: NumPy arrays `[b, T]`, one share of each global batch.
 
     `get_state()` is JSON: how many batches were handed out (whatever is prefetched), and what they were made of.
     """
@@ -107,33 +107,33 @@ class Batches(Iterator[Batch]):
         self._batches.close()
 
 
-def batches(data: Data, *, seed: int, process_index: int = 0, process_count: int = 1) -> Batches:
+def batches(data: Data, *, seed: int, share: int = 0, shares: int = 1) -> Batches:
     """An endless iterator over `data`.
 
-    The global batch n is the same for any number of processes: process p of P gets its rows `p B/P <= b < (p+1) B/P`.
+    The global batch n is the same for any number of shares: share s of S has its rows `s B/S <= b < (s+1) B/S`.
+    Its state is that of all shares, and serves any number of them.
 
     Args:
         data: what to train on.
         seed: decides the order of documents, of rows, and the synthetic samples.
-        process_index: p.
-        process_count: P.
+        share: s, the rows that this process reads (`jaxlong.parallel.mesh.row_share`).
+        shares: S.
 
     Raises:
         BadInput: a corpus, task or tokenizer that cannot make these rows, found by making the first row of each part.
     """
-    if data.batch % process_count:
-        allowed = f"a multiple of {process_count}"
-        raise BadInput("data.batch", data.batch, f"does not divide over {process_count} processes", allowed)
-    if not 0 <= process_index < process_count:
-        raise BadInput("process_index", process_index, "no such process", f"from 0 to {process_count - 1}")
+    if not 0 <= share < shares:
+        raise BadInput("share", share, "no such share of the rows", f"from 0 to {shares - 1}")
+    if data.batch % shares:
+        why = f"does not divide over the {shares} shares that processes read"
+        raise BadInput("data.batch", data.batch, why, f"a multiple of {shares}")
     parts = [part.rows(length=data.length, tokenizer=data.tokenizer, seed=seed) for part in data.mixture]
     for part in parts:
         part[0]
     rows = grain.MapDataset.mix([grain.MapDataset.source(part) for part in parts], [p.weight for p in data.mixture])
-    share = rows.batch(data.batch // process_count, drop_remainder=True, batch_fn=_stack)
-    share = share[process_index::process_count]
+    own = rows.batch(data.batch // shares, drop_remainder=True, batch_fn=_stack)[share::shares]
     ahead = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads)
-    return Batches(share.to_iter_dataset(ahead), identity(data, seed))
+    return Batches(own.to_iter_dataset(ahead), identity(data, seed))
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:

@@ -1,15 +1,11 @@
-"""Device meshes, the one table of sharding rules, and start-up of many processes."""
+"""Device meshes, the one table of sharding rules, and which rows of a batch a process reads."""
 
 from __future__ import annotations
 
-import logging
+import itertools
 import math
-import os
-import socket
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,8 +35,6 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "layers": None,
 }
 """Logical axis name (written beside each parameter) -> mesh axis or axes."""
-
-log = logging.getLogger(__name__)
 
 
 def parse_mesh(spec: str, devices: int) -> dict[str, int]:
@@ -133,99 +127,52 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Place this process's rows (NumPy `[rows, T]` leaves) as global arrays over the batch and seq axes."""
+class Share(NamedTuple):
+    """Part `index` of `count` equal parts of the rows of a batch."""
 
-    def place(rows: np.ndarray) -> jax.Array:
-        global_shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-        sharding = NamedSharding(mesh, partition(("batch", "seq"), global_shape, mesh))
-        return jax.make_array_from_process_local_data(sharding, rows, global_shape)
-
-    return jax.tree.map(place, batch)
+    index: int
+    count: int
 
 
-def init_distributed(timeout: int = 300, warn_after: int = 30) -> None:
-    """Join the other processes of a job, if the environment says that there are any.
+def row_share(devices: np.ndarray, process: int) -> Share:
+    """The rows that a process must read: those that its devices hold, where these are equal parts of the batch.
 
-    Recognises Cloud TPU, SLURM, Open MPI and GKE as `jax.distributed.initialize` does, and the variables
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single process returns at once.
+    Processes that hold other parts of the same rows (along the sequence, say) read the same ones. Where the rows
+    of two processes overlap in part, or are no equal neighbouring parts, every process reads all.
 
     Args:
-        timeout: seconds to wait for all processes.
-        warn_after: seconds after which a warning says who is awaited.
+        devices: a mesh's, in the order of `AXES`.
+        process: `process_index` of some of them.
+    """
+    blocks = devices.reshape(devices.shape[0] * devices.shape[1], -1)
+    holders = [frozenset(device.process_index for device in block) for block in blocks]
+    runs = [(who, sum(1 for _ in run)) for who, run in itertools.groupby(holders)]
+    alike = len({length for _, length in runs}) == 1
+    apart = sum(len(who) for who, _ in runs) == len(frozenset().union(*holders))
+    if not (alike and apart):
+        return Share(0, 1)
+    return Share(next(i for i, (who, _) in enumerate(runs) if process in who), len(runs))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Place this process's rows (NumPy `[rows, T]` leaves, its `row_share`) as global arrays over batch and seq axes.
 
     Raises:
-        BadInput: a variable is missing, or not all processes came in time.
+        BadInput: the rows do not split over the data and fsdp axes although they are read in parts.
     """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    given = {name: os.environ.get(name) for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
-    missing = [name for name, value in given.items() if value is None]
-    if jax.distributed.is_initialized():
-        return
-    if len(missing) == len(given):
-        if _launcher():
-            _initialize({}, "the job's launcher", timeout, warn_after)
-        return
-    if missing:
-        raise BadInput(missing[0], "unset", "the other JAX_ variables of a multi-process job are set", "set all three")
-    try:
-        arguments = {
-            "coordinator_address": address,
-            "num_processes": int(given["JAX_NUM_PROCESSES"]),
-            "process_id": int(given["JAX_PROCESS_ID"]),
-        }
-    except ValueError:
-        raise BadInput(
-            "JAX_PROCESS_ID", f"{given['JAX_PROCESS_ID']} of {given['JAX_NUM_PROCESSES']}", "not integers"
-        ) from None
-    _initialize(arguments, f"{address} ({given['JAX_NUM_PROCESSES']} processes)", timeout, warn_after)
+    share = row_share(mesh.devices, jax.process_index())
 
+    def place(rows: np.ndarray) -> jax.Array:
+        count, shape = rows.shape[0], (rows.shape[0] * share.count, *rows.shape[1:])
+        sharding = NamedSharding(mesh, partition(("batch", "seq"), shape, mesh))
+        if share.count > 1 and sharding.shard_shape(shape)[0] * mesh.shape["data"] * mesh.shape["fsdp"] != shape[0]:
+            blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+            raise BadInput("data.batch", shape[0], f"does not split over data * fsdp = {blocks}", "a multiple of it")
 
-def _launcher() -> bool:
-    """Whether a known launcher started several processes."""
-    tpu_workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
-    tasks = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    return tpu_workers > 1 or "MEGASCALE_NUM_SLICES" in os.environ or any(int(n) > 1 for n in tasks)
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(shape[0])
+            return rows[(slice(first - share.index * count, last - share.index * count), *index[1:])]
 
+        return jax.make_array_from_callback(shape, sharding, part)
 
-def _initialize(arguments: dict[str, Any], where: str, timeout: int, warn_after: int) -> None:
-    """Join, under timers of our own: where JAX gives up, it aborts the process with a stack trace."""
-    awaited = "was the same command started on every host, and is the port open?"
-    if arguments.get("process_id"):
-        _await_coordinator(arguments["coordinator_address"], where, timeout)
-    timers = [
-        threading.Timer(warn_after, log.warning, ("still waiting for the other processes at %s: %s", where, awaited)),
-        threading.Timer(timeout, _give_up, (where, timeout, awaited)),
-    ]
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
-    try:
-        jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60)
-    except (RuntimeError, ValueError) as error:
-        raise BadInput("jax.distributed", where, str(error).splitlines()[0], awaited) from None
-    finally:
-        for timer in timers:
-            timer.cancel()
-
-
-def _await_coordinator(address: str, where: str, timeout: int) -> None:
-    """Wait until something listens at the coordinator's address."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise BadInput("JAX_COORDINATOR_ADDRESS", address, "is no address", "host:port of process 0")
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=1).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                why = f"process 0 did not answer within {timeout} s ({error})"
-                raise BadInput("JAX_COORDINATOR_ADDRESS", where, why, "start process 0 there; open the port") from None
-            time.sleep(0.2)
-
-
-def _give_up(where: str, timeout: int, awaited: str) -> None:
-    log.critical("%s", BadInput("jax.distributed", where, f"not all processes joined within {timeout} s", awaited))
-    os._exit(2)  # the main thread waits inside JAX and cannot be interrupted
+    return jax.tree.map(place, batch)

@@ -367,6 +367,8 @@ class Store:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            raise  # of the devices, or of the other processes: the folder is not to blame
         except (OSError, ValueError, RuntimeError) as error:
             # TensorStore's messages name files first and the cause last.
             why = getattr(error, "strerror", None) or str(error).rsplit(": ", 1)[-1] or type(error).__name__

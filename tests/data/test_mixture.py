@@ -95,15 +95,15 @@ def test_rows_in_proportion_to_weights(weights):
             assert abs(letters[start : start + 200].count("abc"[i]) - share * 200) <= 2
 
 
-# -- processes, threads ----------------------------------------------------------------------------------------------
+# -- shares, threads   ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_any_number_of_processes_shares_one_global_batch(data, count):
+def test_any_number_of_shares_makes_one_global_batch(data, count):
     whole = taken(batches(data, seed=3), 12)
-    shares = [taken(batches(data, seed=3, process_index=p, process_count=count), 12) for p in range(count)]
+    parts = [taken(batches(data, seed=3, share=s, shares=count), 12) for s in range(count)]
     for n, batch in enumerate(whole):
-        together = Batch(*(np.concatenate(fields) for fields in zip(*(s[n] for s in shares), strict=True)))
+        together = Batch(*(np.concatenate(fields) for fields in zip(*(p[n] for p in parts), strict=True)))
         assert equal(batch, together)
 
 
@@ -148,10 +148,10 @@ def test_state_counts_what_was_handed_out(data):
     assert len(json.dumps(state)) < 1500 and json.loads(json.dumps(state)) == state
 
 
-def test_a_state_serves_any_number_of_processes(data):
+def test_a_state_serves_any_number_of_shares(data):
     stream = batches(data, seed=0)
     taken(stream, 7)
-    half = batches(data, seed=0, process_index=1, process_count=2)
+    half = batches(data, seed=0, share=1, shares=2)
     half.set_state(stream.get_state())
     assert equal(next(half), Batch(*(f[4:] for f in next(stream))))
 
@@ -270,11 +270,11 @@ def test_values_that_cannot_be(change, line):
     assert str(caught.value).startswith(line)
 
 
-def test_batch_over_processes():
-    with pytest.raises(BadInput, match=r"data.batch: 30: does not divide over 4 processes; a multiple of 4"):
-        batches(Data(batch=30), seed=0, process_count=4)
-    with pytest.raises(BadInput, match=r"process_index: 4: no such process; from 0 to 3"):
-        batches(Data(), seed=0, process_index=4, process_count=4)
+def test_batch_over_shares():
+    with pytest.raises(BadInput, match=r"data.batch: 30: does not divide over the 4 shares .*; a multiple of 4"):
+        batches(Data(batch=30), seed=0, shares=4)
+    with pytest.raises(BadInput, match=r"share: 4: no such share of the rows; from 0 to 3"):
+        batches(Data(), seed=0, share=4, shares=4)
 
 
 def test_found_before_the_first_batch(corpus):

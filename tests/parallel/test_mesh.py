@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +18,7 @@ from jaxlong.data import Data, Packed, Stdlib
 from jaxlong.layers.mlp import SwiGLU
 from jaxlong.mixers import GQA
 from jaxlong.model import LM, init_params
-from jaxlong.parallel.mesh import AXES, init_distributed, make_mesh, parse_mesh, partition, shard, shard_batch
+from jaxlong.parallel.mesh import AXES, make_mesh, parse_mesh, partition, shard, shard_batch
 from jaxlong.train.hooks import Hook
 from jaxlong.train.optim import AdamW, Cosine
 
@@ -65,35 +60,6 @@ def test_shard_batch_places_rows():
     placed = shard_batch({"tokens": rows}, mesh)["tokens"]
     assert placed.sharding == NamedSharding(mesh, P(("data", "fsdp"), "seq"))
     np.testing.assert_array_equal(placed, rows)
-
-
-def test_init_distributed_names_what_is_missing(monkeypatch):
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    init_distributed()  # one process: nothing to do
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(BadInput, match=r"^JAX_PROCESS_ID: unset"):
-        init_distributed()
-    monkeypatch.setenv("JAX_PROCESS_ID", "one")
-    with pytest.raises(BadInput, match="not integers"):
-        init_distributed()
-
-
-@pytest.mark.parametrize("process,say", [(0, "not all processes joined within 2 s"), (1, "process 0 did not answer")])
-def test_init_distributed_gives_up_in_one_line(process, say):
-    """A process whose partners never come ends within its time-out, with exit code 2 and no stack trace."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process)}
-    root = Path(__file__).parent.parent.parent
-    command = [sys.executable, "-m", "experiments.pretrain", "--config=configs/tiny.py", "--workdir=none"]
-    done = subprocess.run(
-        [*command, "--init_timeout=2"], cwd=root, env=os.environ | job, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and say in done.stderr
 
 
 class Losses(Hook):

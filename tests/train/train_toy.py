@@ -134,9 +134,9 @@ def jitted_step():
     return jax.jit(step, donate_argnums=0)
 
 
-def run(workdir: str, steps: int, *, pause: float = 0.0, hooks: tuple[Hook, ...] = ()) -> TrainState:
+def run(workdir: str, steps: int, *, pause: float = 0.0, hooks: tuple[Hook, ...] = (), devices: int = 8) -> TrainState:
     """Train to `steps`, from the newest checkpoint of the folder if there is one."""
-    mesh = make_mesh(8)
+    mesh = make_mesh(devices)
     batches = Batches(mesh=mesh, pause=pause)
     state, target = placed_state(mesh)
     store = Store(workdir, config=CONFIG, keep=2)
