@@ -6,7 +6,8 @@
     python -m experiments.benchmark --what=mixers --mixers=gqa,kda --lengths=1024 --repeats=1 --out=/tmp/quick
 
 Times are medians of alternating runs, compilation excluded; memory is what the compiler reports for temporary buffers.
-Figures are ratios first: times of another machine differ. Writes <what>.json and <what>.md.
+Figures are ratios first: times of another machine differ. Writes <what>.json and <what>.md. Of the mixers, slow
+programs run fewer times than --repeats, and what is finished is kept: the same command goes on where it stopped.
 """
 
 from __future__ import annotations

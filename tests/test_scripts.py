@@ -76,13 +76,36 @@ def test_benchmark_of_mixers(tmp_path, capsys):
         benchmark, "--what=mixers", "--mixers=short_conv,mamba2", "--lengths=16,32", "--repeats=1", f"--out={tmp_path}"
     )
     results = json.loads((tmp_path / "mixers.json").read_text())
-    conv, mamba = results["rows"]
+    mamba, conv = results["rows"]  # in the order of the registry
     assert conv["mixer"] == "short_conv" and conv["linear"] and mamba["module"]["heads"] == 8
     assert set(conv["both_ms"]) == set(conv["both_MiB"]) == {"16", "32"} and conv["decode_ms"] > 0
     assert conv["state_bytes"] == {"4K": 2056, "128K": 2056, "1M": 2056}
     (against,) = results["tokens"]
     assert against["mixer"] == "mamba2" and against["error"] < 1e-5 and against["tokens_both_ms"] > 0
     assert "Time at 32 tokens over time at 16" in (tmp_path / "mixers.md").read_text()
+
+
+def test_benchmark_of_mixers_goes_on(tmp_path, capsys, monkeypatch):
+    def fails(name, *settings):
+        raise ValueError(f"no {name}\nat all")
+
+    flags = ("--what=mixers", "--mixers=short_conv", "--lengths=8", "--repeats=1", f"--out={tmp_path}")
+    rows = lambda: json.loads((tmp_path / "mixers.json").read_text())["rows"]
+    with monkeypatch.context() as patch:
+        patch.setattr(mixers, "measure", fails)
+        call(benchmark, *flags)
+    assert [row["failed"] for row in rows()] == ["ValueError: no short_conv"]
+    assert "short_conv failed: ValueError: no short_conv" in capsys.readouterr().out
+    call(benchmark, *flags)
+    assert "failed" not in rows()[0] and rows()[0]["both_ms"]["8"] > 0
+    monkeypatch.setattr(mixers, "measure", fails)
+    kept = rows()
+    call(benchmark, *flags)
+    assert rows() == kept and "| short_conv" in capsys.readouterr().out
+    for flag in benchmark.FLAGS:
+        benchmark.FLAGS[flag].unparse()
+    assert cli.run(benchmark.main, benchmark.FLAGS, ["benchmark", *flags, "--repeats=2"]) == 2
+    assert "its mixers.json has repeats 1, not 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,15 +1,22 @@
-"""Every mixer of the registry at one size: times, memory, states, and what chunks gain over single tokens."""
+"""Every mixer of the registry at one size: times, memory, states, and what chunks gain over single tokens.
+
+Figures are written as soon as a mixer has them, and kept: the same command goes on where it stopped, and tries again
+what failed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.recurrences import DIM, Rival, rivals
 from experiments.benchmarks.recurrences import HEADS as HEADS_TIMED
-from experiments.benchmarks.timing import medians, temporary, write
+from experiments.benchmarks.timing import environment, medians, temporary, write
 from jaxlong.core.types import BadInput
 
 WIDTH = 256
@@ -50,23 +57,65 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "short_conv": {},
 }
 """Fields of each mixer at width 256 with heads of 64 (expanding ones: twice the width); all others are defaults."""
+SECONDS = 6.0
+"""A program that has run for so long is not run again, though fewer times than `repeats`."""
 DECODED = 64
 """Tokens of a decoding run, one at a time; their mean is what one costs."""
 
 
 def run(out: Path, lengths: Sequence[int], names: Sequence[str], repeats: int) -> str:
-    """Measure, write mixers.json and mixers.md, and return the tables."""
+    """Measure what mixers.json does not hold, write it and mixers.md, and return the tables."""
     from jaxlong.mixers import MIXERS
 
     unknown = sorted(set(names) - set(MIXERS))
     if unknown:
         raise BadInput("mixers", ",".join(unknown), "no such mixer", f"some of {', '.join(MIXERS)}")
-    names = list(names) or list(MIXERS)
-    rows = [measure(name, lengths, repeats) for name in names]
-    against = [compare(name, rival, lengths[0], repeats) for name, rival in rivals().items() if name in names]
-    text = tables(rows, against, lengths)
-    write(out, "mixers", {"width": WIDTH, "rows": rows, "tokens": against}, text)
-    return text
+    settings = {"width": WIDTH, "lengths": list(lengths), "repeats": repeats}
+    rows, against = found(out, settings)
+    tasks = [(rows, name, partial(measure, name, lengths, repeats)) for name in names or MIXERS]
+    tasks += [
+        (against, name, partial(compare, rival, lengths[0], repeats))
+        for name, rival in rivals().items()
+        if name in (names or MIXERS)
+    ]
+    for kept, name, figures in tasks:
+        if "failed" in kept.get(name, {"failed": ""}):
+            kept[name] = attempt(name, figures)
+            results = [[held[n] for n in MIXERS if n in held] for held in (rows, against)]
+            write(out, "mixers", {**settings, "rows": results[0], "tokens": results[1]}, tables(*results, lengths))
+    return tables([rows[n] for n in MIXERS if n in rows], [against[n] for n in MIXERS if n in against], lengths)
+
+
+def found(out: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rows and the comparisons of an earlier run, by mixer.
+
+    Raises:
+        BadInput: they are of other settings, or of another machine.
+    """
+    path = out / "mixers.json"
+    if not path.exists():
+        return {}, {}
+    results = json.loads(path.read_text())
+    here, there = dict(settings, **environment()), dict(results, **results["environment"])
+    for key in sorted(here.keys() - {"date"}):
+        if there.get(key) != here[key]:
+            raise BadInput("out", out, f"its mixers.json has {key} {there.get(key)}, not {here[key]}", "another folder")
+    return tuple({row["mixer"]: row for row in results[key]} for key in ("rows", "tokens"))
+
+
+def attempt(name: str, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a mixer and the seconds that they took, or, as "failed", why there are none."""
+    import jax
+
+    started = time.monotonic()
+    try:
+        row = figures()
+    except Exception as error:  # whatever it is: the other mixers have theirs
+        row = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    jax.clear_caches()
+    row = {"mixer": name, **row, "seconds": round(time.monotonic() - started, 1)}
+    sys.stderr.write(f"{name}: {row.get('failed', 'measured')}, {row['seconds']:.0f} s\n")
+    return row
 
 
 def sized(name: str) -> Any:
@@ -95,17 +144,15 @@ def measure(name: str, lengths: Sequence[int], repeats: int) -> dict[str, Any]:
                 memory[f"{kind}_MiB"][str(length)] = temporary(compiled)
                 programs[f"{kind}_ms", str(length)] = partial(compiled, *arguments)
     times: dict[str, dict[str, float]] = {"forward_ms": {}, "both_ms": {}}
-    for (kind, length), ms in medians(programs, repeats).items():
+    for (kind, length), ms in medians(programs, repeats, SECONDS).items():
         times[kind][length] = ms
     return {
-        "mixer": name,
         "module": to_data(mixer),
         "sized": name in SIZES,
         "linear": linear(mixer),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "state_bytes": {label: mixer.state_bytes(1, n, **sizes) for label, n in STATES.items()},
         "decode_ms": decoding(mixer, params, STATES["4K"], repeats),
-        "repeats": repeats,
         **times,
         **memory,
     }
@@ -162,10 +209,10 @@ def decoding(mixer: Any, params: Any, max_len: int, repeats: int) -> float:
 
     arguments = (params, inputs(DECODED))
     compiled = jax.jit(decode).lower(*arguments).compile()
-    return medians({"": partial(compiled, *arguments)}, repeats)[""] / DECODED
+    return medians({"": partial(compiled, *arguments)}, repeats, SECONDS)[""] / DECODED
 
 
-def compare(name: str, rival: Rival, length: int, repeats: int) -> dict[str, Any]:
+def compare(rival: Rival, length: int, repeats: int) -> dict[str, Any]:
     """The chunked form of a recurrence against a scan over its tokens, both differentiated by the compiler's rules."""
     import jax
     import jax.numpy as jnp
@@ -177,13 +224,15 @@ def compare(name: str, rival: Rival, length: int, repeats: int) -> dict[str, Any
             programs[f"{form}_{kind}_ms"] = partial(jax.jit(run).lower(*arguments).compile(), *arguments)
     there, here = (programs[f"{form}_forward_ms"]() for form in ("tokens", "chunked"))
     error = float(jnp.abs(there - here).max() / jnp.abs(there).max())
-    return {"mixer": name, "length": length, "error": error, "repeats": repeats} | medians(programs, repeats)
+    return {"length": length, "error": error} | medians(programs, repeats, SECONDS)
 
 
 def tables(rows: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> str:
-    """Times and memory, states, growth with length, and chunks against tokens."""
+    """Times and memory, states, growth with length, chunks against tokens, and what failed."""
     from jaxlong.evals.report import markdown_table
 
+    failed = [f"{row['mixer']} failed: {row['failed']}\n" for row in (*rows, *against) if "failed" in row]
+    rows, against = ([row for row in part if "failed" not in row] for part in (rows, against))
     first = str(min(lengths))
     doubled = [(str(n), str(2 * n)) for n in lengths if 2 * n in lengths][-1:]
     star = lambda row: row["mixer"] if row["sized"] else f"{row['mixer']} (first example)"
@@ -209,7 +258,7 @@ def tables(rows: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any
         ]
     if against:
         parts += [_against(against)]
-    return "\n".join(parts)
+    return "\n".join([*parts, *failed])
 
 
 def _against(against: Sequence[Mapping[str, Any]]) -> str:

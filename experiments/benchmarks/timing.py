@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -31,17 +32,21 @@ def write(out: Path, name: str, results: Mapping[str, Any], text: str) -> None:
     (out / f"{name}.md").write_text(f"{', '.join(f'{k} {v}' for k, v in facts.items())}\n\n{text}")
 
 
-def medians(programs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-    """Milliseconds of each program: the median of `repeats` runs, which take turns; one more of each goes first."""
+def medians(programs: Mapping[Any, Callable[[], Any]], repeats: int, seconds: float = math.inf) -> dict[Any, float]:
+    """Milliseconds of each program: the median of `repeats` runs, which take turns; one more of each goes first.
+
+    A program has no further turn once its runs have taken so many seconds; of one that needs more, the first counts.
+    """
     import jax
 
     times: dict[Any, list[float]] = {name: [] for name in programs}
     for _ in range(repeats + 1):
         for name, run in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+            if sum(times[name]) < 1000 * seconds:
+                start = time.perf_counter()
+                jax.block_until_ready(run())
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(found[1:] or found) for name, found in times.items()}
 
 
 def temporary(compiled: Any) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -41,6 +43,27 @@ def join(x: Array, length: int) -> Array:
     """`[N, B, chunk, ...] -> [B, length, ...]`, the inverse of `split`."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+class Documents(NamedTuple):
+    """Documents as masks in a chunk of C tokens.
+
+    A token's document index is the count of resets in the chunk up to it: pairs interact where their indices are equal,
+    the state at the chunk's entry is seen where the index is 0, and the state at its exit keeps the tokens whose index
+    is the last one's.
+    """
+
+    pairs: Bool[Array, "*B C C"]  # j <= i in i's document
+    old: Bool[Array, "*B C"]  # tokens that continue the entry state
+    last: Bool[Array, "*B C"]  # tokens in the exit state
+    several: bool  # whether a token may start a document
+
+    @classmethod
+    def of(cls, resets: Bool[Array, "*B C"] | None, length: int) -> Documents:
+        """Masks of one row for all where no token starts a document."""
+        index = jnp.zeros((1, length), jnp.int32) if resets is None else jnp.cumsum(resets, axis=-1)
+        pairs = jnp.tril(index[..., :, None] == index[..., None, :])
+        return cls(pairs, index == 0, index == index[..., -1:], resets is not None)
 
 
 def gated_scores(

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxlong.ops.attend import Backend
-from jaxlong.ops.chunks import all_scores, corner, cumulated, decay_matrix, join, power_of_two, split
+from jaxlong.ops.chunks import Documents, all_scores, corner, cumulated, decay_matrix, join, power_of_two, split
 from jaxlong.parallel.manual import vary_alike
 from jaxlong.parallel.prefix import Chain, dense, final, prefix
 from jaxlong.parallel.rows import over_spans, spread
@@ -100,25 +100,6 @@ class _Chunks(NamedTuple):
     add: Array | None = None  # [... K V]
 
 
-class _Documents(NamedTuple):
-    """Documents as masks in chunks: who meets whom, who meets the state at the entry, who that at the exit."""
-
-    pairs: Array  # [... C C] i may see j <= i
-    enter: Array  # [... C 1]
-    leave: Array  # [... C 1]
-    whole: Array  # [... 1 1] no reset in the chunk
-
-
-def _documents(resets: Array | None, chunk: int) -> _Documents:
-    """The masks from resets `[N B C]`, with an axis for heads; all true where there are none."""
-    lower = jnp.tril(jnp.ones((chunk, chunk), bool))
-    if resets is None:
-        return _Documents(lower, jnp.ones((chunk, 1), bool), jnp.ones((chunk, 1), bool), jnp.ones((1, 1), bool))
-    index = jnp.cumsum(resets, axis=-1)[:, :, None, :, None]
-    last = index[..., -1:, :]
-    return _Documents(lower & (index == jnp.swapaxes(index, -1, -2)), index == 0, index == last, last == 0)
-
-
 def _rows(
     step: Callable[..., tuple[Array, Array]],
     local: Callable[..., _Chunks],
@@ -172,7 +153,8 @@ def _run(
 
     def group(s: Array, tokens_and_resets: tuple) -> tuple[Array, Array]:
         tokens, resets = jax.tree.map(lambda x: split(x, chunk), tokens_and_resets)
-        chunks = local(*(jnp.swapaxes(x, 2, 3) for x in tokens), _documents(resets, chunk))
+        by_head = None if resets is None else resets[:, :, None]
+        chunks = local(*(jnp.swapaxes(x, 2, 3) for x in tokens), Documents.of(by_head, chunk))
         parts = (chunks.p, chunks.by_s, chunks.write, chunks.keep, chunks.add)
         s, (entry, p) = jax.lax.scan(_advance, s, parts)
         o = chunks.out + chunks.read @ entry + chunks.seen @ p
@@ -206,7 +188,7 @@ def _generalized_step(r: Array, k: Array, v: Array, decay: Array, a: Array, b: A
     return jnp.einsum("bhk,bhkv->bhv", r, s), s
 
 
-def _delta_chunks(q: Array, k: Array, v: Array, decay: Array, beta: Array, docs: _Documents) -> _Chunks:
+def _delta_chunks(q: Array, k: Array, v: Array, decay: Array, beta: Array, docs: Documents) -> _Chunks:
     """A token writes k_i p_i^T, where p_i = beta_i (v_i - what k_i reads after the decay)."""
     enter, leave, keep = _gates(decay, docs)
     if decay.shape[-1] < k.shape[-1]:
@@ -219,10 +201,10 @@ def _delta_chunks(q: Array, k: Array, v: Array, decay: Array, beta: Array, docs:
     return _Chunks(*_apply(solve, v, -k * enter), seen, q * enter, jnp.swapaxes(k * leave, -1, -2), keep)
 
 
-def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b: Array, docs: _Documents) -> _Chunks:
+def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b: Array, docs: Documents) -> _Chunks:
     """A token writes b_i p_i^T + k_i v_i^T, where p_i is what a_i reads: row i - 1 after its decay."""
     enter, leave, keep = _gates(decay, docs)
-    before = docs.enter * jnp.exp(_down(cumulated(decay)))
+    before = docs.old[..., None] * jnp.exp(_down(cumulated(decay)))
     scores = all_scores(jnp.stack([r, _up(a)], -3), jnp.stack([b, k], -3), decay, docs.pairs)
     seen_b, seen_k = scores[..., 0, 0, :, :], scores[..., 0, 1, :, :]
     met_b, met_k = (jnp.where(docs.pairs, _down(scores[..., 1, i, :, :]), 0) for i in (0, 1))
@@ -231,12 +213,12 @@ def _generalized_chunks(r: Array, k: Array, v: Array, decay: Array, a: Array, b:
     return _Chunks(p, by_s, seen_b, r * enter, write_b, keep, out=seen_k @ v, add=write_k @ v)
 
 
-def _gates(decay: Array, docs: _Documents) -> tuple[Array, Array, Array]:
+def _gates(decay: Array, docs: Documents) -> tuple[Array, Array, Array]:
     """Decay from the entry to each row `[... C K]`, from each row to the exit, and of the state `[... K 1]`."""
     until = cumulated(decay)
     after = cumulated(_up(decay), reverse=True)
-    keep = jnp.swapaxes(docs.whole * jnp.exp(until[..., -1:, :]), -1, -2)
-    return docs.enter * jnp.exp(until), docs.leave * jnp.exp(after), keep
+    enter, leave = docs.old[..., None] * jnp.exp(until), docs.last[..., None] * jnp.exp(after)
+    return enter, leave, jnp.swapaxes(enter[..., -1:, :], -1, -2)
 
 
 def _down(x: Array) -> Array:

@@ -1,9 +1,5 @@
 """Diagonal linear recurrences: chunked linear attention, elementwise scans, the selective scan.
 
-Documents are masks inside a chunk. A token's document index is the count of resets in the chunk up to it: pairs
-interact where their indices are equal, the state at the chunk's entry is seen where the index is 0, and the state at
-its exit keeps the tokens whose index is the last one's.
-
 Rows that lie in spans on several devices (`parallel.prefix`) begin with the text: each span runs once, from an empty
 state, and what its true entry adds is the decay since then times what a token reads of it.
 """
@@ -12,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxlong.ops.attend import Backend
-from jaxlong.ops.chunks import gated_scores, join, split
+from jaxlong.ops.chunks import Documents, gated_scores, join, split
 from jaxlong.ops.select import map_queries
 from jaxlong.parallel.manual import vary_alike
 from jaxlong.parallel.prefix import Chain, diagonal, final, prefix
@@ -76,7 +71,7 @@ def linear_attention(
         *inputs, first = xs
         q, k, v, g = (None if x is None else jnp.moveaxis(x, 2, 1).astype(jnp.float32) for x in inputs)
         groups = max(q.shape[1], k.shape[1])
-        s, o = step(s, _repeat(q, groups), _repeat(k, groups), v, g, _Documents.of(first, chunk), bonus is not None)
+        s, o = step(s, _repeat(q, groups), _repeat(k, groups), v, g, Documents.of(first, chunk), bonus is not None)
         if bonus is not None:
             own = jnp.einsum("bhtk,hk,bhtk->bht", _repeat(q, heads), bonus, _repeat(k, heads))
             o += own[..., None] * v
@@ -120,21 +115,6 @@ def _repeat(x: Float[Array, "B J C K"], heads: int) -> Float[Array, "B H C K"]:
     return jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
-class _Documents(NamedTuple):
-    """Masks of the documents in a chunk of C tokens."""
-
-    pairs: Bool[Array, "B C C"]  # j <= i in i's document
-    old: Bool[Array, "B C"]  # tokens that continue the entry state
-    last: Bool[Array, "B C"]  # tokens in the exit state
-    several: bool  # whether a token may start a document
-
-    @classmethod
-    def of(cls, resets: Bool[Array, "B C"] | None, length: int) -> _Documents:
-        index = jnp.zeros((1, length), jnp.int32) if resets is None else jnp.cumsum(resets, axis=1)
-        pairs = jnp.tril(index[:, :, None] == index[:, None, :])
-        return cls(pairs, index == 0, index == index[:, -1:], resets is not None)
-
-
 def _shift(x: Array, axis: int, by: int) -> Array:
     """Rows moved along an axis by so many places; zeros enter."""
     pad = [(0, 0)] * x.ndim
@@ -143,7 +123,7 @@ def _shift(x: Array, axis: int, by: int) -> Array:
     return jax.lax.slice_in_dim(jnp.pad(x, pad), first, first + x.shape[axis], axis=axis)
 
 
-def _scalar_step(s: Array, q: Array, k: Array, v: Array, g: Array | None, documents: _Documents, before: bool):
+def _scalar_step(s: Array, q: Array, k: Array, v: Array, g: Array | None, documents: Documents, before: bool):
     """A chunk with one decay a head: q, k [B G C K], v [B H C V], g [B H C], s [B H K V].
 
     `before`: tokens read the state before their own update.
@@ -171,7 +151,7 @@ def _scalar_step(s: Array, q: Array, k: Array, v: Array, g: Array | None, docume
     return keep[..., None] * s + new.reshape(s.shape), o.reshape(shape)
 
 
-def _channel_step(s: Array, q: Array, k: Array, v: Array, g: Array, documents: _Documents, before: bool):
+def _channel_step(s: Array, q: Array, k: Array, v: Array, g: Array, documents: Documents, before: bool):
     """A chunk with one decay a channel of the keys: q, k [B G C K], v [B H C V], g [B H C K], s [B H K V]."""
     heads, length = v.shape[1:3]
     q, k = _repeat(q, heads), _repeat(k, heads)
@@ -369,7 +349,7 @@ def phase_scan(
         phase0 = jnp.zeros_like(turn[:, 0])
 
     def body(phase, xs):
-        documents = _Documents.of(xs[1], chunk)
+        documents = Documents.of(xs[1], chunk)
         sums = jnp.einsum("bij,bj...->bi...", documents.pairs.astype(jnp.float32), xs[0], precision=HIGHEST)
         old = documents.old.reshape(*documents.old.shape, *[1] * (phase.ndim - 1))
         phases = sums + jnp.where(old, phase[:, None], 0.0)
