@@ -219,7 +219,7 @@ def _by_formula(experiment: Experiment, mesh: str, system: topology.Topology, ba
     """The length at which `jaxlong.plan.memory` says that a device is full: what a row takes grows with its length."""
     sizes = parse_mesh(mesh, system.devices)
     unit = BLOCK * parts(FLAGS.layout, sizes["seq"] * sizes["ulysses"])
-    lengths = [unit * math.ceil(tokens / unit) for tokens in (2**18, 2**20)]
+    lengths = (unit, 4 * unit)
     where = {"devices": system.devices, "batch": batch, "kind": system.family.kind}
     peaks = [memory.account(experiment, mesh, length=length, **where).peak for length in lengths]
     a_token = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
