@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -31,8 +32,8 @@ LOST = 75
 EX_TEMPFAIL of sysexits.h: what failed may succeed when it is tried again.
 """
 
-BROKEN = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service", "CoordinationService")
-"""What an error of JAX says when it comes from between the processes, and not from this one."""
+BROKEN = re.compile("Gloo|NCCL|^UNAVAILABLE|^DEADLINE_EXCEEDED|[Cc]oordination ?[Ss]ervice")
+"""What an error says when it comes from between the processes, and not from this one; its class is any of several."""
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,15 @@ def leave(code: int) -> None:
         _Ending.current.leave(code)
 
 
+def broken_connection(error: BaseException | None) -> str:
+    """What an error, or one that led to it, says of the connection to the other processes; empty if nothing."""
+    while error is not None and jax.distributed.is_initialized():
+        if BROKEN.search(str(error)):
+            return " ".join(str(error).splitlines()[0].split())[:200]
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 class _Ending:
     """How this process of a job ends.
 
@@ -208,7 +218,7 @@ class _Ending:
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """In place of `sys.excepthook`."""
-        if broken := _broken(error):
+        if broken := broken_connection(error):
             self._lost(f"another process was killed or failed ({broken})")
         self.before(kind, error, trace)
         self.leave(130 if issubclass(kind, KeyboardInterrupt) else 1)
@@ -219,13 +229,3 @@ class _Ending:
             threading.Event().wait()
         os.write(2, f"this process ends: {why}; start the job again to go on\n".encode())
         os._exit(LOST)
-
-
-def _broken(error: BaseException | None) -> str:
-    """What an error, or one that led to it, says of the connection to the other processes; empty if nothing."""
-    while error is not None:
-        said = str(error)
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(mark in said for mark in BROKEN):
-            return " ".join(said.splitlines()[0].split())[:200]
-        error = error.__cause__ or error.__context__
-    return ""

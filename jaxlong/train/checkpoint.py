@@ -28,6 +28,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from jaxlong.core.types import BadInput
+from jaxlong.parallel.processes import broken_connection
 from jaxlong.train.atomic import replace_text
 from jaxlong.train.fingerprint import digests
 from jaxlong.train.manifest import Damaged, Manifest, versions
@@ -367,9 +368,9 @@ class Store:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except jax.errors.JaxRuntimeError:
-            raise  # of the devices, or of the other processes: the folder is not to blame
         except (OSError, ValueError, RuntimeError) as error:
+            if broken_connection(error):
+                raise  # another process is gone: the folder is not to blame
             # TensorStore's messages name files first and the cause last.
             why = getattr(error, "strerror", None) or str(error).rsplit(": ", 1)[-1] or type(error).__name__
             raise BadInput(

@@ -7,6 +7,7 @@ python processes_job.py sum WORKDIR                adds over all devices, again 
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -46,13 +47,15 @@ EXPERIMENT = Experiment(
 )
 
 
-def add_forever(workdir: Path) -> None:
+def add_forever(workdir: Path, failing: str = "") -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     x = jax.jit(lambda: jnp.arange(8.0), out_shardings=NamedSharding(mesh, P("data")))()
     add = jax.jit(lambda x: x + x.sum())
     workdir.mkdir(exist_ok=True)
-    while True:
+    for turn in itertools.count():
         jax.block_until_ready(x := add(x))
+        if turn == 3 and str(jax.process_index()) == failing:
+            raise RuntimeError("a fault of its own")
         if jax.process_index() == 0:
             with (workdir / "metrics.jsonl").open("a") as file:
                 file.write('{"loss": 0}\n')
@@ -65,7 +68,7 @@ if __name__ == "__main__":
     if what == "experiment":
         run.train(replace(EXPERIMENT, mesh=rest[0]), workdir)
     elif what == "sum":
-        add_forever(Path(workdir))
+        add_forever(Path(workdir), *rest)
     else:
         import train_toy as toy
 

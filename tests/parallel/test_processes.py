@@ -275,6 +275,17 @@ def test_the_others_end(victim, number, start, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_its_own_ends_the_job(failing, start, tmp_path):
+    """Who fails shows its traceback and ends after a heartbeat, though the other waits for it in a collective."""
+    members = start(2, "sum", tmp_path, failing)
+    said = [member.communicate(timeout=120)[1] for member in members]
+    assert [member.returncode for member in members] == ([1, LOST] if failing == 0 else [LOST, 1]), said
+    assert "RuntimeError: a fault of its own" in said[failing]
+    assert said[1 - failing].startswith("this process ends: another process") and said[1 - failing].count("\n") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "number", "step"),
     [
