@@ -95,7 +95,7 @@ def alone(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(run, "make_mesh", lambda spec: make_mesh("data=1", first))
-        patch.setattr(run, "validate", lambda experiment, devices: None)
+        patch.setattr(run, "validate", lambda experiment, devices: dict.fromkeys(AXES, 1))
         return on("data=-1", tmp_path_factory.mktemp("alone"))
 
 
