@@ -24,32 +24,28 @@ _SHAPES_ONLY = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "copy",
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 
 
-def on_tile(mask: Callable[[Any, Any, Any], Any], rows: Any, columns: Any, head: Any) -> Any:
-    """`mask(rows[:, None], columns[None, :], head)` as bool [n, m], from vectors [n] and [m] and a scalar.
+def on_tile(mask: Callable[[Any, Any, Any], Any], q: Any, k: Any, head: Any, keys_axis: int = 1) -> Any:
+    """The predicate of positions q [n] and k [m] and of a head, as bool: [n m], or [m n] where keys are on axis 0.
 
     Raises:
         NotImplementedError: the predicate does what cannot be told apart by rows and columns (a reduction, say).
     """
-    n, m = rows.shape[0], columns.shape[0]
-    closed = _trace(mask, n, m)
-    values = [(ROWS, rows), (COLUMNS, columns), (SCALAR, head)]
-    [(kind, out)] = _replay(closed.jaxpr, [(SCALAR, x) for x in closed.consts], values, (n, m))
-    return spread(kind, out, (n, m))
+    shape = (q.shape[0], k.shape[0]) if keys_axis else (k.shape[0], q.shape[0])
+    closed = _trace(mask, *shape, keys_axis)
+    kinds = (ROWS, COLUMNS) if keys_axis else (COLUMNS, ROWS)
+    values = [*zip(kinds, (q, k), strict=True), (SCALAR, head)]
+    [(kind, out)] = _replay(closed.jaxpr, [(SCALAR, x) for x in closed.consts], values, shape)
+    return _as(kind, TILE, out, shape)
 
 
 @cache
-def _trace(mask: Callable[[Any, Any, Any], Any], n: int, m: int) -> core.ClosedJaxpr:
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((n, 1), (1, m), ())]
-    return jax.make_jaxpr(mask)(*shapes)
-
-
-def spread(kind: int, x: Any, shape: tuple[int, int]) -> Any:
-    """A value of any kind as a tile; truth values by way of integers, which every backend can broadcast."""
-    return _as(kind, TILE, x, shape)
+def _trace(mask: Callable[[Any, Any, Any], Any], n: int, m: int, keys_axis: int) -> core.ClosedJaxpr:
+    rows, columns, head = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((n, 1), (1, m), ()))
+    return jax.make_jaxpr(mask)(*((rows, columns) if keys_axis else (columns, rows)), head)
 
 
 def _as(kind: int, want: int, x: Any, shape: tuple[int, int]) -> Any:
-    """`x` with everything that `want` varies along."""
+    """`x` with everything that `want` varies along; truth values by way of integers, which backends can broadcast."""
     if kind == want:
         return x
     to = {ROWS: shape[:1], COLUMNS: shape[1:], TILE: shape}[want]
