@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ EMPTY = -1
 """The position that padding and empty slots get on the side of the keys; no position is negative."""
 
 
+@runtime_checkable
 class Predicate(Protocol):
     """What a kernel asks of a mask: hashable, and these two methods (`jaxlong.core.mask.Mask` has both)."""
 
@@ -70,9 +71,7 @@ class Tokens(NamedTuple):
     k_segments: Any
 
 
-def tokens(
-    q_positions: Any, k_positions: Any, q_segments: Any, k_segments: Any, block_q: int, block_k: int
-) -> Tokens:
+def tokens(q_positions: Any, k_positions: Any, q_segments: Any, k_segments: Any, block_q: int, block_k: int) -> Tokens:
     """Pads to whole blocks and marks the keys that no query may see: padding, and slots of a negative segment."""
     xp = _module(q_positions, k_positions, q_segments, k_segments)
     pad = lambda x, block, fill: xp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=fill)

@@ -45,6 +45,7 @@ from pallas_kernels.flash.tiles import (
     tiled,
     vector,
     visible,
+    wait_when,
     walk,
     write,
     zeros,
@@ -68,6 +69,19 @@ class Config:
     stages: int = 2
     heads_together: int = 16
     ctas: int = 132
+
+    @staticmethod
+    def of(C: int, V: int) -> Config:
+        """The heuristic by dims of keys and values."""
+        if C > 192:
+            return Config(block_k=64)
+        return Config(stages=4) if C == 64 else Config()
+
+    @staticmethod
+    def space(C: int, V: int) -> list[Config]:
+        """What a search should try; those that outgrow shared memory raise NotImplementedError."""
+        ring = [(block_k, stages) for block_k in (64, 128) for stages in (2, 3, 4)]
+        return [Config(block_k=b, stages=s, heads_together=h) for b, s in ring for h in (4, 8, 16)]
 
 
 def forward(
@@ -134,10 +148,7 @@ class _Forward:
         c, n, at, here = self.config, self.n, self.at, self.here
 
         def visit(i: Any, place: Place, steps: Any) -> None:
-            @pl.when(i > 0)
-            def _():
-                plgpu.barrier_wait(here["q_free"])
-
+            wait_when(i > 0, here["q_free"])
             rows = pl.ds(place.block * c.block_q, c.block_q)
             plgpu.copy_gmem_to_smem(at["q"].at[place.row, rows, place.head], here["q"], here["q_ready"])
             key_head = lax.div(place.head, n.H // n.K)
@@ -150,11 +161,7 @@ class _Forward:
                 keys = pl.ds(at["order"][place.plan_row, place.block, m] * c.block_k, c.block_k)
 
                 for name in ("k", "v"):
-
-                    @pl.when(step >= c.stages)
-                    def _():
-                        plgpu.barrier_wait(here[f"{name}_free"].at[slot])
-
+                    wait_when(step >= c.stages, here[f"{name}_free"].at[slot])
                     ready = here[f"{name}_ready"].at[slot]
                     plgpu.copy_gmem_to_smem(at[name].at[place.row, keys, key_head], here[name].at[slot], ready)
                 for name in ("k_positions", "k_segments"):
@@ -165,8 +172,7 @@ class _Forward:
         walk(n, at, lambda place: place.count, visit)
 
     def compute(self) -> None:
-        c, n = self.config, self.n
-        walk(n, self.at, lambda place: place.count, self.block)
+        walk(self.n, self.at, lambda place: place.count, self.block)
         plgpu.wait_smem_to_gmem(0)
 
     def block(self, i: Any, place: Place, steps: Any) -> None:
@@ -244,9 +250,7 @@ class _Forward:
             carry = lax.fori_loop(0, plain, step(False), carry)
             out, new_top, new_total, weights = lax.fori_loop(plain, last, step(True), carry)
             plgpu.barrier_arrive(here["q_free"])
-            out = pl.run_state(lambda out: plgpu.wgmma(out, weights, here["v"].at[slot_of(last)]))(
-                plgpu.ACC.init(out)
-            )
+            out = pl.run_state(lambda out: plgpu.wgmma(out, weights, here["v"].at[slot_of(last)]))(plgpu.ACC.init(out))
             plgpu.barrier_arrive(here["v_free"].at[slot_of(last)])
             return out, new_top, new_total
 
@@ -262,5 +266,7 @@ class _Forward:
         lse = here["lse"].at[self.warpgroup]
         lse[...] = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(safe))
         share = jnp.where(empty, 0.0, 1.0 / safe)
-        write(here["out"].at[self.warpgroup], out * along(0, share, out.shape), at["out"].at[place.row, rows, place.head])
+        write(
+            here["out"].at[self.warpgroup], out * along(0, share, out.shape), at["out"].at[place.row, rows, place.head]
+        )
         plgpu.copy_smem_to_gmem(lse, at["lse"].at[place.row, place.head, rows])

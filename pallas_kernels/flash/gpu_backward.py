@@ -40,6 +40,7 @@ from pallas_kernels.flash.tiles import (
     tiled,
     vector,
     visible,
+    wait_when,
     walk,
     write,
     zeros,
@@ -66,6 +67,13 @@ class BackwardConfig:
     stages_q: int = 3
     heads_together: int = 16
     ctas: int = 132
+
+    @staticmethod
+    def of(C: int, V: int) -> BackwardConfig:
+        """The heuristic by dims of keys and values."""
+        if C > 128:
+            return BackwardConfig(stages_k=2, stages_q=2)
+        return BackwardConfig(tile_k=128) if C == 64 else BackwardConfig()
 
 
 def gradients(
@@ -163,10 +171,7 @@ class _Queries:
         c, n, at, here = self.config, self.n, self.at, self.here
 
         def visit(i: Any, place: Place, steps: Any) -> None:
-            @pl.when(i > 0)
-            def _():
-                plgpu.barrier_wait(here["q_free"])
-
+            wait_when(i > 0, here["q_free"])
             rows = pl.ds(place.block * c.block_q, c.block_q)
             for name in ("q", "dout"):
                 plgpu.copy_gmem_to_smem(at[name].at[place.row, rows, place.head], here[name], here["q_ready"])
@@ -180,11 +185,7 @@ class _Queries:
                 block = at["order"][place.plan_row, place.block, lax.div(m, self.parts)]
                 keys = pl.ds(block * c.block_k + lax.rem(m, self.parts) * c.tile_k, c.tile_k)
                 for name in ("k", "v"):
-
-                    @pl.when(step >= c.stages_k)
-                    def _():
-                        plgpu.barrier_wait(here[f"{name}_free"].at[slot])
-
+                    wait_when(step >= c.stages_k, here[f"{name}_free"].at[slot])
                     ready = here[f"{name}_ready"].at[slot]
                     plgpu.copy_gmem_to_smem(at[name].at[place.row, keys, key_head], here[name].at[slot], ready)
                 for name in ("k_positions", "k_segments"):
@@ -363,10 +364,7 @@ class _Keys:
         c, n, at, here = self.config, self.n, self.at, self.here
 
         def visit(i: Any, place: Place, steps: Any) -> None:
-            @pl.when(i > 0)
-            def _():
-                plgpu.barrier_wait(here["k_free"])
-
+            wait_when(i > 0, here["k_free"])
             rows = pl.ds(place.block * c.block_k, c.block_k)
             for name in ("k", "v"):
                 plgpu.copy_gmem_to_smem(at[name].at[place.row, rows, place.head], here[name], here["k_ready"])
@@ -379,10 +377,7 @@ class _Keys:
                 head, within = self.head(place, m)
                 block = at["order"][place.plan_row, place.block, lax.div(within, self.parts)]
                 queries = pl.ds(block * c.block_q + lax.rem(within, self.parts) * c.tile_q, c.tile_q)
-
-                @pl.when(step >= c.stages_q)
-                def _():
-                    plgpu.barrier_wait(here["q_free"].at[slot])
+                wait_when(step >= c.stages_q, here["q_free"].at[slot])
 
                 def fetch(name, ref, barrier):
                     plgpu.copy_gmem_to_smem(ref, here[name].at[slot], here[barrier].at[slot])

@@ -74,9 +74,7 @@ def sizes(q: Any, k: Any, v: Any, order: Any, *, heads: int, heads_together: int
     together = max(n for n in range(1, min(heads, heads_together) + 1) if heads % n == 0)
     blocks = order.shape[1]
     ctas = min(ctas, B * heads * blocks)
-    return Sizes(
-        B=B, T=T, H=H, K=K, C=C, V=V, heads=heads, blocks=blocks, ctas=ctas, heads_together=together
-    )
+    return Sizes(B=B, T=T, H=H, K=K, C=C, V=V, heads=heads, blocks=blocks, ctas=ctas, heads_together=together)
 
 
 # ---------------------------------------------------------------------------------------------- launch
@@ -98,9 +96,7 @@ def launch(body: Callable[..., None], operands: Mapping[str, Any], out: Any, scr
         grid_names=("cta",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name=name,
     )(*operands.values())
     return dict(zip(out, found, strict=True))
@@ -122,6 +118,10 @@ def divide(warpgroup: Any, compute: Callable[[], None], memory: Callable[[], Non
     def _():
         plgpu.set_max_registers(24, action="decrease")
         memory()
+
+
+def wait_when(condition: Any, barrier: Any) -> None:
+    pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
 
 
 def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
