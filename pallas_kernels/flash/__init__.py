@@ -101,7 +101,7 @@ def forward(setting: Setting, inputs: Inputs, config: Any = None) -> tuple[Array
     c = _forward_config(inputs) if config is None else config
     found, held = plan(setting, inputs, c.block_q, c.block_k)
     spec = tiles.Spec(setting.mask, setting.scale, setting.soft_cap, inputs.slopes is not None)
-    q, k, v = (_whole(x) for x in (inputs.q, inputs.k, inputs.v))
+    q, k, v = (_whole(x) for x in (inputs.q, inputs.k, _held(inputs, inputs.v)))
     heads, slopes, sinks = _of_heads(inputs)
     out, lse = gpu.forward(spec, c, q, k, v, found.by_query, held, heads, slopes, sinks, jnp.dtype(setting.dtype))
     T = inputs.q.shape[1]
@@ -138,7 +138,7 @@ def backward(
         jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, -T % c.block_q)), constant_values=fill
     )
     lse = by_head(jnp.where(saw, wide(lse) * tiles.LOG2E, jnp.inf), jnp.inf)
-    q, k, v, dout = (_whole(x) for x in (inputs.q, inputs.k, inputs.v, dout.astype(inputs.q.dtype)))
+    q, k, v, dout = (_whole(x) for x in (inputs.q, _held(inputs, inputs.k), inputs.v, dout.astype(inputs.q.dtype)))
     heads, slopes, _ = _of_heads(inputs)
     dq, dk, dv, dslopes = gpu_backward.gradients(
         spec, c, q, k, v, dout, lse, by_head(delta, 0), found, held, heads, slopes, jnp.dtype(dtype)
@@ -183,6 +183,11 @@ def _sinks_gradient(sinks: Array, out: Array, lse: Array, dout: Array, dlse: Arr
     wide = lambda x: x.astype(jnp.float32)
     owed = (wide(out) * wide(dout)).sum(-1) - wide(dlse)
     return -(jnp.exp(jnp.minimum(wide(sinks) - lse, 0)) * owed).sum((0, 1)).astype(sinks.dtype)
+
+
+def _held(inputs: Inputs, x: Array) -> Array:
+    """Keys or values with 0 in empty slots: what lies there, NaN even, would meet a weight of 0 in a product."""
+    return x if inputs.k_segments is None else jnp.where((inputs.k_segments >= 0)[..., None, None], x, 0)
 
 
 def _whole(x: Array) -> Array:

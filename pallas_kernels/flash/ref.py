@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,13 +11,17 @@ from jax import Array
 from pallas_kernels.flash import Inputs, Setting
 
 
-def attention(setting: Setting, inputs: Inputs) -> tuple[Array, Array]:
-    """(out [B T H V] in setting.dtype, lse [B T H] float32)."""
+def attention(setting: Setting, inputs: Inputs, narrow: Callable[[Array], Array] = lambda x: x) -> tuple[Array, Array]:
+    """(out [B T H V] in setting.dtype, lse [B T H] float32).
+
+    Args:
+        narrow: applied to scores, weights and out: a rounding here gives the errors of attention in a narrow type.
+    """
     q, k, v = (x.astype(jnp.float32) for x in (inputs.q, inputs.k, inputs.v))
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
     high = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
-    scores = setting.scale * jnp.einsum("bthc,bshc->bhts", q, k, **high)
+    scores = narrow(setting.scale * jnp.einsum("bthc,bshc->bhts", q, k, **high))
     if setting.soft_cap is not None:
         scores = setting.soft_cap * jnp.tanh(scores / setting.soft_cap)
     rows, columns = inputs.q_positions[:, None, :, None], inputs.k_positions[:, None, None, :]
@@ -36,6 +42,6 @@ def attention(setting: Setting, inputs: Inputs) -> tuple[Array, Array]:
     if sinks is not None:
         total = total + jnp.exp(sinks - top)
     safe = jnp.where(total == 0, 1, total)
-    out = jnp.einsum("bhts,bshv->bthv", weights / safe, v, **high)
+    out = narrow(jnp.einsum("bhts,bshv->bthv", narrow(weights / safe), v, **high))
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
     return out.astype(setting.dtype), jnp.moveaxis(lse[..., 0], 1, 2)
