@@ -38,19 +38,18 @@ def cases(lengths: Sequence[int]) -> dict[str, Case]:
     from jaxlong.core.mask import bigbird, causal, dilated, longformer, sliding, strided
 
     first = lengths[0]
-    found = {
-        "causal": Case(causal(), first),
-        "causal, dim 64": Case(causal(), first, dims=(64, 64)),
-        "causal, dims 192 and 128": Case(causal(), first, dims=(192, 128)),
-        "causal, dim 256": Case(causal(), first, heads=8, key_heads=8, dims=(256, 256)),
-        "causal, 4 key heads": Case(causal(), first, key_heads=4),
+    found = {"causal": Case(causal(), first), "causal dim 64": Case(causal(), first, dims=(64, 64))}
+    found |= {f"window 4096 of {length}": Case(sliding(4096), length) for length in lengths}
+    return found | {
+        "packed": Case(causal(), first, documents=DOCUMENTS),
         "bigbird": Case(bigbird(3, 1, 3, 128, 0) & causal(), first),
         "longformer": Case(longformer(4096, 128) & causal(), first),
         "dilated": Case(dilated(8192, 4), first),
         "strided": Case(strided(128), first),
-        "packed": Case(causal(), first, documents=DOCUMENTS),
+        "causal 4 key heads": Case(causal(), first, key_heads=4),
+        "causal dims 192 and 128": Case(causal(), first, dims=(192, 128)),
+        "causal dim 256": Case(causal(), first, heads=8, key_heads=8, dims=(256, 256)),
     }
-    return found | {f"window 4096, {length}": Case(sliding(4096), length) for length in lengths}
 
 
 def run(out: Path, lengths: Sequence[int], repeats: int, peers: bool, only: Sequence[str] = ()) -> str:

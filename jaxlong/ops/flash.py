@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask
 from jaxlong.ops.blockwise import blockwise_backward
+from jaxlong.parallel.manual import vary_alike
 from pallas_kernels import flash as kernels
 
 
@@ -41,7 +42,7 @@ def flash(
     found = v.dtype if dtype is None else dtype
     given = q_positions, k_positions, q_segments, k_segments, heads, alibi_slopes, sinks
     setting, inputs = _prepare(q, k, v, mask, given, bias, scale, soft_cap, found)
-    out, lse = kernels.attention(setting, inputs)
+    out, lse = kernels.attention(setting, vary_alike(inputs))
     return checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
 
 
@@ -76,7 +77,7 @@ def flash_backward(
     """
     given = q_positions, k_positions, q_segments, k_segments, heads, alibi_slopes, None
     setting, inputs = _prepare(q, k, v, mask, given, bias, scale, soft_cap, v.dtype)
-    dq, dk, dv, dslopes = kernels.backward(setting, inputs, out, lse, dout, dlse)
+    dq, dk, dv, dslopes = kernels.backward(setting, *vary_alike((inputs, out, lse, dout, dlse)))
     return dq, dk, dv, None, dslopes
 
 

@@ -105,7 +105,7 @@ def forward(setting: Setting, inputs: Inputs, config: Any = None) -> tuple[Array
     heads, slopes, sinks = _of_heads(inputs)
     out, lse = gpu.forward(spec, c, q, k, v, found.by_query, held, heads, slopes, sinks, jnp.dtype(setting.dtype))
     T = inputs.q.shape[1]
-    return out[:, :T], jnp.moveaxis(lse[:, :, :T], 1, 2)
+    return _vary(inputs.q, (out[:, :T], jnp.moveaxis(lse[:, :, :T], 1, 2)))
 
 
 def backward(
@@ -143,7 +143,8 @@ def backward(
     dq, dk, dv, dslopes = gpu_backward.gradients(
         spec, c, q, k, v, dout, lse, by_head(delta, 0), found, held, heads, slopes, jnp.dtype(dtype)
     )
-    return dq[:, :T], dk[:, :S], dv[:, :S], None if dslopes is None else dslopes[:, :, :T].sum((0, 2))
+    dslopes = None if dslopes is None else dslopes[:, :, :T].sum((0, 2))
+    return _vary(inputs.q, (dq[:, :T], dk[:, :S], dv[:, :S], dslopes))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -185,6 +186,17 @@ def _sinks_gradient(sinks: Array, out: Array, lse: Array, dout: Array, dlse: Arr
     return -(jnp.exp(jnp.minimum(wide(sinks) - lse, 0)) * owed).sum((0, 1)).astype(sinks.dtype)
 
 
+def _vary(like: Array, results: Any) -> Any:
+    """Results of a kernel, whose types tell nothing of manual mesh axes, with the axes that `like` varies over.
+
+    Adding a zero made from it does that on every version of JAX.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return results
+    zero = jax.lax.full_like(like, 0, shape=())
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), results)
+
+
 def _held(inputs: Inputs, x: Array) -> Array:
     """Keys or values with 0 in empty slots: what lies there, NaN even, would meet a weight of 0 in a product."""
     return x if inputs.k_segments is None else jnp.where((inputs.k_segments >= 0)[..., None, None], x, 0)
@@ -203,7 +215,7 @@ def _of_heads(inputs: Inputs) -> tuple[Array, Array | None, Array | None]:
 def _forward_config(inputs: Inputs) -> Any:
     from pallas_kernels.flash.gpu import Config
 
-    return Config.of(inputs.q.shape[-1], inputs.v.shape[-1])
+    return Config.of(inputs.q.shape[-1], inputs.v.shape[-1], inputs.q_segments is not None)
 
 
 def _backward_config(inputs: Inputs) -> Any:

@@ -71,10 +71,12 @@ class Config:
     ctas: int = 132
 
     @staticmethod
-    def of(C: int, V: int) -> Config:
-        """The heuristic by dims of keys and values."""
+    def of(C: int, V: int, segments: bool) -> Config:
+        """The heuristic by dims of keys and values; segments take their share of shared memory."""
         if C > 192:
             return Config(block_k=64)
+        if C == 192 and segments:
+            return Config(block_k=64, stages=3)
         return Config(stages=4) if C == 64 else Config()
 
     @staticmethod

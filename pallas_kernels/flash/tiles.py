@@ -24,8 +24,8 @@ ROWS = 64
 """Rows of a warpgroup: the height of a wgmma tile."""
 COMPUTE = 2
 """Warpgroups that compute; the one behind them moves memory."""
-SHARED = 232448 - 1024
-"""Bytes of shared memory of a CTA, less what barriers and alignment take."""
+SHARED = 232448 - 512
+"""Bytes of shared memory of a CTA, less what barriers take."""
 
 TILE = plgpu.Layout.WGMMA
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -135,9 +135,9 @@ def ring(stages: int, arrivals: int) -> Any:
 
 
 def spent(scratch: Mapping[str, Any]) -> int:
-    """Bytes of the arrays in shared memory."""
-    arrays = [x for x in scratch.values() if hasattr(x, "dtype")]
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    """Bytes of the arrays in shared memory, each of which begins at a multiple of 1024."""
+    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch.values() if hasattr(x, "dtype")]
+    return sum(-(-size // 1024) * 1024 for size in sizes)
 
 
 def staging(scratch: Mapping[str, Any], columns: Sequence[int], dtype: Any) -> Any:

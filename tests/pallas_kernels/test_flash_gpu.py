@@ -86,7 +86,8 @@ def exact(setting, inputs, dout, dlse, narrow=lambda x: x):
 def compare(setting, inputs, dout, dlse):
     """Per result: the error of the kernels, of rounding, and whether both are finite in the same places."""
     found = kernels(setting, inputs, dout, dlse)
-    rounded = exact(setting, inputs, dout, dlse, lambda x: x.astype(setting.dtype).astype(jnp.float32))
+    form = jnp.finfo(setting.dtype)  # casts there and back are removed by the compiler
+    rounded = exact(setting, inputs, dout, dlse, lambda x: jax.lax.reduce_precision(x, form.nexp, form.nmant))
     told = []
     for got, want, rough in zip(found, exact(setting, inputs, dout, dlse), rounded, strict=True):
         got = got.astype(jnp.float32)
@@ -106,14 +107,8 @@ def test_errors_are_those_of_rounding(name):
             given[0] = given[0]._replace(q=given[0].q * 6)
         for i, (error, rounding, size, same) in enumerate(compare(setting, *given)):
             assert same, (name, seed, i)
-            assert error <= 2 * rounding + 1e-3 * size + 1e-6, (
-                name,
-                seed,
-                i,
-                float(error),
-                float(rounding),
-                float(size),
-            )
+            told = f"{name} {seed} {i}: {error:.2e}, of rounding {rounding:.2e}, of {size:.2e}"
+            assert error <= 2 * rounding + 2e-4 * size + 1e-6, told
 
 
 def test_masked_slots_may_hold_anything():
