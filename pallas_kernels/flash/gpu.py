@@ -33,6 +33,7 @@ from pallas_kernels.flash.tiles import (
     Spec,
     along,
     cook,
+    cost,
     distance,
     divide,
     held,
@@ -77,7 +78,7 @@ class Config:
             return Config(block_k=64)
         if C == 192 and segments:
             return Config(block_k=64, stages=3)
-        return Config(stages=4) if C == 64 else Config()
+        return Config(stages=3) if C == 64 else Config()
 
     @staticmethod
     def space(C: int, V: int) -> list[Config]:
@@ -130,7 +131,7 @@ def forward(
         kernel = _Forward(spec, c, n, at, here, warpgroup)
         divide(warpgroup, kernel.compute, kernel.memory)
 
-    found = launch(body, operands, out, scratch, n.ctas, "flash_forward")
+    found = launch(body, operands, out, scratch, n, "flash_forward", cost(n, visits.order, c.block_q * c.block_k, 1, 1))
     return found["out"], found["lse"]
 
 

@@ -28,6 +28,7 @@ from pallas_kernels.flash.tiles import (
     Spec,
     along,
     cook,
+    cost,
     distance,
     divide,
     held,
@@ -146,7 +147,8 @@ def _queries(spec: Spec, c: BackwardConfig, operands: dict[str, Array], dtype: A
         kernel = _Queries(spec, c, n, at, here, warpgroup)
         divide(warpgroup, kernel.compute, kernel.memory)
 
-    found = launch(body, operands, out, scratch, n.ctas, "flash_dq")
+    most = cost(n, operands["order"], c.block_q * c.block_k, 2, 1)
+    found = launch(body, operands, out, scratch, n, "flash_dq", most)
     return found["dq"], found.get("dslopes")
 
 
@@ -325,7 +327,8 @@ def _keys(spec: Spec, c: BackwardConfig, operands: dict[str, Array], dtype: Any)
         kernel = _Keys(spec, c, n, at, here, warpgroup)
         divide(warpgroup, kernel.compute, kernel.memory)
 
-    found = launch(body, operands, out, scratch, n.ctas, "flash_dkv")
+    most = cost(n, operands["order"], c.block_q * c.block_k * (n.H // n.K), 2, 2)
+    found = launch(body, operands, out, scratch, n, "flash_dkv", most)
     return found["dk"], found["dv"]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -80,7 +81,26 @@ def sizes(q: Any, k: Any, v: Any, order: Any, *, heads: int, heads_together: int
 # ---------------------------------------------------------------------------------------------- launch
 
 
-def launch(body: Callable[..., None], operands: Mapping[str, Any], out: Any, scratch: Mapping, ctas: int, name: str):
+def cost(n: Sizes, order: Any, pairs: int, of_keys: int, of_values: int) -> pl.CostEstimate:
+    """Of a kernel that does so many products of either width on tiles of `pairs`, if every list of visits is full."""
+    scores = n.B * n.heads * order.shape[1] * order.shape[2] * pairs
+    rows = n.B * (n.T * n.H + order.shape[2] * pairs // ROWS * n.K)
+    return pl.CostEstimate(
+        flops=2 * scores * (of_keys * n.C + of_values * n.V),
+        transcendentals=scores,
+        bytes_accessed=2 * rows * (n.C + n.V),
+    )
+
+
+def launch(
+    body: Callable[..., None],
+    operands: Mapping[str, Any],
+    out: Mapping[str, Any],
+    scratch: Mapping[str, Any],
+    n: Sizes,
+    name: str,
+    most: pl.CostEstimate,
+) -> dict[str, Any]:
     """Runs `body(at, here, warpgroup)`: global references by name, those of `out` too, and shared memory by name."""
     names = (*operands, *out)
 
@@ -88,16 +108,18 @@ def launch(body: Callable[..., None], operands: Mapping[str, Any], out: Any, scr
         *given, here = refs
         body(dict(zip(names, given, strict=True)), here, lax.axis_index("warpgroup"))
 
+    told = {"cost_estimate": most} if jax.__version_info__ >= (0, 12) else {}  # nothing takes it before
     found = plgpu.kernel(
         kernel,
         out_type=tuple(out.values()),
         scratch_types=(dict(scratch),),
-        grid=(ctas,),
+        grid=(n.ctas,),
         grid_names=("cta",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name=name,
+        **told,
     )(*operands.values())
     return dict(zip(out, found, strict=True))
 

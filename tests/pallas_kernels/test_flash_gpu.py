@@ -23,6 +23,9 @@ pytestmark = pytest.mark.gpu
 SEEDS = 60
 """Random inputs of each shape; every third of them with other positions or documents."""
 
+SLOPES = 0.05
+"""Relative error allowed in the gradient of slopes: exact arithmetic on an out rounded to bfloat16 leaves 0.03."""
+
 SHAPES = {
     "causal": (causal(), {"T": 640}),
     "uneven": (causal(), {"T": 333, "S": 451}),
@@ -108,7 +111,9 @@ def test_errors_are_those_of_rounding(name):
         for i, (error, rounding, size, same) in enumerate(compare(setting, *given)):
             assert same, (name, seed, i)
             told = f"{name} {seed} {i}: {error:.2e}, of rounding {rounding:.2e}, of {size:.2e}"
-            assert error <= 2 * rounding + 2e-4 * size + 1e-6, told
+            # slopes add up what the narrow out leaves of a row's sum, times the distance
+            slack = SLOPES if i == 5 else 2e-4
+            assert error <= 2 * rounding + slack * size + 1e-6, told
 
 
 def test_masked_slots_may_hold_anything():
