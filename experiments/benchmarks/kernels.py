@@ -86,7 +86,7 @@ def measure(name: str, case: Case, repeats: int, peers: bool) -> list[dict]:
                 jax.block_until_ready(programs[who, direction]())
             except Exception as failure:  # a peer may fail in any way, and the table says how
                 programs.pop((who, direction), None)
-                row["failed"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
+                row["failed"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:80]}"
     times = amortised(programs, repeats)
     for row in rows:
         if ms := times.get((row["who"], row["direction"])):
@@ -233,7 +233,16 @@ def error(found: tuple, truth: tuple, direction: str) -> float:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     from jaxlong.evals.report import markdown_table
 
-    header = ["case", "tiles visited", "who", "direction", "ms", "TFLOP/s of visited tiles", "x ours", "relative error"]
+    header = [
+        "case",
+        "tiles visited",
+        "who",
+        "direction",
+        "ms",
+        "TFLOP/s of visited tiles",
+        "time / ours",
+        "relative error",
+    ]
     mine = {(row["case"], row["direction"]): row.get("ms") for row in rows if row["who"] == "ours"}
     told = []
     for row in rows:
@@ -243,5 +252,5 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             ratio = f"{row['ms'] / base:.2f}" if base else ""
             told.append([*start, f"{row['ms']:.3f}", f"{row['tflops']:.0f}", ratio, f"{row['error']:.1e}"])
         else:
-            told.append([*start, row.get("failed", "not timed"), "", "", ""])
+            told.append([*start, "", "", "", row.get("failed", "not timed")])
     return markdown_table(header, told)

@@ -65,14 +65,22 @@ def refusal(setting: Setting, inputs: Inputs) -> str | None:
         return reason
     if jax.__version_info__ < OLDEST_JAX:
         return f"jax {jax.__version__} is older than {'.'.join(map(str, OLDEST_JAX))}"
-    if jax.default_backend() != "gpu":
-        return f"the default device is no Hopper GPU but {jax.default_backend()}"
+    if (platform := _platform()) not in ("gpu", "cuda"):
+        return f"the default device is no Hopper GPU but {platform}"
     capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "unknown")
     if capability != "9.0":
         return f"the GPU has compute capability {capability}, not Hopper's 9.0"
     if not q.shape[1] or not k.shape[1] or not v.shape[0]:
         return "nothing to attend"
     return None
+
+
+def _platform() -> str:
+    """Where a program goes that names no device."""
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.default_backend()
+    return chosen if isinstance(chosen, str) else chosen.platform
 
 
 def _shapes(setting: Setting, inputs: Inputs) -> str | None:

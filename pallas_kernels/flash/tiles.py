@@ -55,10 +55,11 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the operands: batch, queries, heads, key heads, dims of keys and values; and what a kernel walks."""
+    """Of the operands: batch, queries, keys, heads, key heads, dims of keys and values; and what a kernel walks."""
 
     B: int
     T: int
+    S: int
     H: int
     K: int
     C: int
@@ -71,11 +72,11 @@ class Sizes:
 
 def sizes(q: Any, k: Any, v: Any, order: Any, *, heads: int, heads_together: int, ctas: int) -> Sizes:
     """For a kernel that walks `heads` times the blocks of `order`; heads alternate in groups that divide them."""
-    (B, T, H, C), K, V = q.shape, k.shape[2], v.shape[-1]
+    (B, T, H, C), (S, K), V = q.shape, k.shape[1:3], v.shape[-1]
     together = max(n for n in range(1, min(heads, heads_together) + 1) if heads % n == 0)
     blocks = order.shape[1]
     ctas = min(ctas, B * heads * blocks)
-    return Sizes(B=B, T=T, H=H, K=K, C=C, V=V, heads=heads, blocks=blocks, ctas=ctas, heads_together=together)
+    return Sizes(B=B, T=T, S=S, H=H, K=K, C=C, V=V, heads=heads, blocks=blocks, ctas=ctas, heads_together=together)
 
 
 # ---------------------------------------------------------------------------------------------- launch
@@ -84,11 +85,10 @@ def sizes(q: Any, k: Any, v: Any, order: Any, *, heads: int, heads_together: int
 def cost(n: Sizes, order: Any, pairs: int, of_keys: int, of_values: int) -> pl.CostEstimate:
     """Of a kernel that does so many products of either width on tiles of `pairs`, if every list of visits is full."""
     scores = n.B * n.heads * order.shape[1] * order.shape[2] * pairs
-    rows = n.B * (n.T * n.H + order.shape[2] * pairs // ROWS * n.K)
     return pl.CostEstimate(
         flops=2 * scores * (of_keys * n.C + of_values * n.V),
         transcendentals=scores,
-        bytes_accessed=2 * rows * (n.C + n.V),
+        bytes_accessed=2 * n.B * (n.T * n.H + n.S * n.K) * (n.C + n.V),
     )
 
 
