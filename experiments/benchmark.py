@@ -3,6 +3,7 @@
     python -m experiments.benchmark --what=attention --lengths=4096,32768 --out=benchmarks
     python -m experiments.benchmark --what=mixers --out=benchmarks
     python -m experiments.benchmark --what=ring --repeats=5 --out=benchmarks
+    python -m experiments.benchmark --what=kernels --peers --lengths=32768,131072 --repeats=7 --out=benchmarks
     python -m experiments.benchmark --what=mixers --mixers=gqa,kda --lengths=1024 --repeats=1 --out=/tmp/quick
 
 Times are medians of alternating runs, compilation excluded; memory is what the compiler reports for temporary buffers.
@@ -18,22 +19,24 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import attention, mixers, ring
+from experiments.benchmarks import attention, kernels, mixers, ring
 from jaxlong.core.types import BadInput
 from jaxlong.train.checkpoint import check_workdir
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("what", "attention", "what to measure: attention, mixers or ring", flag_values=FLAGS)
+flags.DEFINE_string("what", "attention", "what to measure: attention, kernels, mixers or ring", flag_values=FLAGS)
 flags.DEFINE_list("lengths", [], "sequence lengths in tokens; each benchmark has its own", flag_values=FLAGS)
 flags.DEFINE_integer("heads", 1, "attention: query heads of the timed runs, head dim 64", flag_values=FLAGS)
 flags.DEFINE_list("mixers", [], "mixers: names in the registry; default: all", flag_values=FLAGS)
+flags.DEFINE_list("cases", [], "kernels: names of cases; default: all", flag_values=FLAGS)
+flags.DEFINE_bool("peers", False, "kernels: beside cuDNN and whatever peer is installed", flag_values=FLAGS)
 flags.DEFINE_integer("repeats", 3, "timed runs of each", flag_values=FLAGS)
 flags.DEFINE_string("out", "benchmarks", "folder of the results", flag_values=FLAGS)
 
 
 def main(overrides) -> None:
-    if FLAGS.what not in ("attention", "mixers", "ring"):
-        raise BadInput("what", FLAGS.what, "no such benchmark", "attention, mixers, ring")
+    if FLAGS.what not in ("attention", "kernels", "mixers", "ring"):
+        raise BadInput("what", FLAGS.what, "no such benchmark", "attention, kernels, mixers, ring")
     if overrides:
         raise BadInput(f"config.{overrides[0][0]}", overrides[0][1], "benchmark takes no overrides", "its flags")
     lengths = _lengths()
@@ -44,6 +47,11 @@ def main(overrides) -> None:
     check_workdir(out)
     if FLAGS.what == "attention":
         text = attention.run(out, lengths or [4096, 32768], FLAGS.heads, FLAGS.repeats)
+    elif FLAGS.what == "kernels":
+        lengths = lengths or [32768, 131072]
+        if unknown := [name for name in FLAGS.cases if name not in kernels.cases(lengths)]:
+            raise BadInput("cases", unknown[0], "no such case", ", ".join(kernels.cases(lengths)))
+        text = kernels.run(out, lengths, FLAGS.repeats, FLAGS.peers, FLAGS.cases)
     elif FLAGS.what == "ring":
         text = "\n".join(ring.run(out, length, FLAGS.repeats) for length in lengths or [4096])
     else:

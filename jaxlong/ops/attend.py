@@ -17,16 +17,20 @@ from jaxlong.core.mask import Mask
 from jaxlong.core.types import BadInput
 from jaxlong.ops.blockwise import blockwise, blockwise_backward
 from jaxlong.ops.dense import accumulator, dense
+from jaxlong.ops.flash import flash, flash_backward
 from jaxlong.parallel.attention import STRATEGIES, sequence_attention
 from jaxlong.parallel.layout import LAYOUTS
 from jaxlong.parallel.manual import SEQUENCE, auto_mesh, axis_sizes
 from jaxlong.parallel.partial import Gradients, Meta, recomputed
 from jaxlong.parallel.partial import merge as merge
 
-KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"dense": dense, "blockwise": blockwise}
+KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"dense": dense, "blockwise": blockwise, "flash": flash}
 """Implementations by name. All take the arguments of `dense`; NotImplementedError says that one cannot take these."""
 
-BACKWARDS: Mapping[str, Callable[..., tuple[Array | None, ...]]] = {"blockwise": blockwise_backward}
+BACKWARDS: Mapping[str, Callable[..., tuple[Array | None, ...]]] = {
+    "blockwise": blockwise_backward,
+    "flash": flash_backward,
+}
 """Backward passes of a part of the keys, given out and lse of all, for implementations that have one. The others run
 again, in float32."""
 
@@ -236,7 +240,8 @@ def over_mesh(
 
 def _order(kernel: str | tuple[str, ...], scores: int) -> tuple[str, ...]:
     if kernel == "auto":
-        return ("dense", "blockwise") if scores <= DENSE_SCORES else ("blockwise", "dense")
+        names = ("dense", "blockwise") if scores <= DENSE_SCORES else ("flash", "blockwise", "dense")
+        return tuple(name for name in names if name in KERNELS)
     return (kernel,) if isinstance(kernel, str) else kernel
 
 
