@@ -34,6 +34,7 @@ def close(got, want, at=2e-5):
     np.testing.assert_allclose(np.where(finite, got, 0), np.where(finite, want, 0), atol=at, rtol=at)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_the_twin_is_the_oracle(name):
     mask, changes = CASES[name]
@@ -42,6 +43,7 @@ def test_the_twin_is_the_oracle(name):
         close(got, want)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["causal", "packed", "soft cap", "empty rows"])
 def test_the_twin_has_the_oracles_gradients(name):
     mask, changes = CASES[name]
