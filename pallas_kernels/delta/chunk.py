@@ -14,8 +14,8 @@ BASE = 8
 CUTS = (8, 16, 32)
 """Half widths of the blocks that are cut in two, from the diagonal outwards."""
 
-LEAST = -20.0
-"""The least log decay of a token: exp(-20) is 2e-9, and four of them about a middle stay far within float32."""
+LEAST = -16.0
+"""The least log decay of a token: exp(-16) is 1e-7, and four of them about a middle stay far within float32."""
 
 LEAST_BETA = 1e-6
 """Writes are at least this strong, so that what a token wrote tells what it would have written."""

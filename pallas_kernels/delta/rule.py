@@ -26,6 +26,7 @@ class Rows(NamedTuple):
 
     beta: Array  # [B H T] at least LEAST_BETA
     document: Array | None  # [B T] documents begun in the token's chunk up to it; None: none
+    last: Array | None  # [B T] documents begun in the token's chunk
 
 
 class Chunks(NamedTuple):
@@ -83,15 +84,17 @@ def chunked(
     (batch, length, heads, key_dim), value_dim = k.shape, v.shape[-1]
     g = jnp.clip(log_decay.astype(jnp.float32), LEAST, 0)
     g = jnp.broadcast_to(g if g.ndim == 4 else g[..., None], k.shape)
-    document = None
+    document = last = None
     if resets is not None:
         g = jnp.where(resets[:, :, None, None], 0, g)
         document = _padded(resets, 1).reshape(batch, -1, CHUNK)
-        document = jnp.cumsum(document, axis=-1, dtype=jnp.float32).reshape(batch, -1)
+        document = jnp.cumsum(document, axis=-1, dtype=jnp.float32)
+        last = jnp.broadcast_to(document[..., -1:], document.shape).reshape(batch, -1)
+        document = document.reshape(batch, -1)
     strength = jnp.maximum(jnp.moveaxis(_padded(beta.astype(jnp.float32), 1), 1, 2), LEAST_BETA)
     tokens = Tokens(*(_padded(x, 1) for x in (q, k, v, g)))
     s0 = jnp.zeros((batch, heads, key_dim, value_dim)) if s0 is None else s0.astype(jnp.float32)
-    o, s = _rule(steps, tokens, Rows(strength, document), jnp.swapaxes(s0, -1, -2))
+    o, s = _rule(steps, tokens, Rows(strength, document, last), jnp.swapaxes(s0, -1, -2))
     return o[:, :length], jnp.swapaxes(s, -1, -2)
 
 
@@ -118,8 +121,7 @@ def _backward(steps: Steps, saved: tuple[Tokens, Rows, Array], cotangents: tuple
     entries, p, _ = steps.states(chunks, s0)
     exits, dp, ds0 = steps.reverse(chunks, do, ds)
     found = steps.gradients(tokens, rows, chunks, entries, p, exits, dp, do)
-    document = None if rows.document is None else jnp.zeros_like(rows.document)
-    return Tokens(*found[:4]), Rows(found.beta, document), ds0
+    return Tokens(*found[:4]), Rows(found.beta, *jax.tree.map(jnp.zeros_like, rows[1:])), ds0
 
 
 _rule.defvjp(_forward, _backward)

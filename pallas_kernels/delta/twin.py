@@ -144,8 +144,7 @@ def _rows(rows: Rows) -> tuple[Array, ...]:
     if rows.document is None:
         ones = jnp.ones_like(beta)
         return beta, ones, ones, ones[..., 0], lower
-    document = split(rows.document)[:, None]
-    last = document[..., -1:]
+    document, last = split(rows.document)[:, None], split(rows.last)[:, None]
     enter, leave = (document == 0).astype(jnp.float32), (document == last).astype(jnp.float32)
     return beta, enter, leave, enter[..., -1], lower & (document[..., :, None] == document[..., None, :])
 

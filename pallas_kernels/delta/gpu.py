@@ -1,0 +1,295 @@
+"""The steps of the delta rule on Hopper, by Pallas Mosaic GPU.
+
+The sequence is split into chunks of 64 tokens. What a chunk does with the state that enters it needs its own tokens
+alone, so that `intra` and `outputs` run over all chunks at once; only `states`, two matrix products a chunk, goes through
+them in order, a head's value channels in tiles. It keeps the state transposed, as rows of an accumulator: both products
+take their left operand from registers, and nothing of the chain goes through shared memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.delta.chunk import CHUNK, CUTS, about_middle, across, between, near
+from pallas_kernels.delta.rule import Chunks, Gradients, Rows, Tokens
+
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+ROWS = plgpu.Layout.WGMMA.reduce(1)
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+LOG2E = math.log2(math.e)
+VALUES = 64
+"""Value channels of a state that one program carries through the sequence."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What may be tuned; no result depends on it beyond rounding.
+
+    Args:
+        stages: chunks that the passes over states hold in shared memory.
+        terms: 16-bit parts of a log decay in sums; one keeps 8 bits of it, two 16.
+    """
+
+    stages: int = 3
+    terms: int = 2
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """`rule.Steps` on a GPU."""
+
+    config: Config = Config()
+
+    def intra(self, tokens: Tokens, rows: Rows) -> Chunks:
+        return intra(tokens, rows, self.config)
+
+    def states(self, chunks: Chunks, s0: Array) -> tuple[Array, Array, Array]:
+        return states(chunks, s0, self.config)
+
+    def outputs(self, chunks: Chunks, entries: Array, p: Array) -> Array:
+        return outputs(chunks, entries, p)
+
+
+def tile(rows: int, columns: int, dtype: jnp.dtype) -> plgpu.SMEM:
+    """Shared memory as matrix instructions read it."""
+    return plgpu.SMEM((rows, columns), dtype, transforms=TILED)
+
+
+def product(*pairs: tuple, start: Array | None = None) -> Array:
+    """The sum of left @ right, of `[M K] [K N]` each, on top of `start`; left may be in registers."""
+    if start is not None:
+        return pl.run_state(lambda acc: _accumulate(acc, pairs))(plgpu.ACC.init(start))
+
+    def run(acc):
+        _accumulate(acc, pairs)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), jnp.float32))
+
+
+def _accumulate(acc, pairs) -> None:
+    for left, right in pairs:
+        plgpu.wgmma(acc, left, right)
+
+
+def iotas(rows: int, columns: int) -> tuple[Array, Array]:
+    """Indices of rows and columns of an accumulator."""
+    return tuple(plgpu.broadcasted_iota(jnp.int32, (rows, columns), i, layout=plgpu.Layout.WGMMA) for i in (0, 1))
+
+
+def spread(row: Array, columns: int) -> Array:
+    """A number a row, over the columns."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(row, (row.shape[0], columns), (0,)), plgpu.Layout.WGMMA)
+
+
+def stack(column: Array, rows: int) -> Array:
+    """A number a column, over the rows."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(column, (rows, column.shape[0]), (1,)), plgpu.Layout.WGMMA)
+
+
+def load(ref, layout=plgpu.Layout.WGMMA) -> Array:
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def write(value: Array, smem, gmem) -> None:
+    """From registers to device memory, through shared memory; returns before it is there."""
+    smem[...] = value.astype(smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem, gmem)
+
+
+def outputs(chunks: Chunks, entries: Array, p: Array) -> Array:
+    """Twin: `twin.outputs`."""
+    B, H, N, C, K = chunks.read.shape
+    V, low = p.shape[3], p.dtype
+
+    def body(read, scores, entries, p, o, read_s, scores_s, entries_s, p_s, o_s, loaded):
+        n, h, b = (lax.axis_index(name) for name in ("n", "h", "b"))
+        for i, (gmem, smem) in enumerate(((read, read_s), (entries, entries_s), (scores, scores_s), (p, p_s))):
+            plgpu.copy_gmem_to_smem(gmem.at[b, h, n], smem, loaded.at[i])
+        for i in range(4):
+            plgpu.barrier_wait(loaded.at[i])
+        out = product((read_s, entries_s.transpose((1, 0))), (scores_s, p_s.transpose((1, 0))))
+        write(out, o_s, o.at[b, pl.ds(n * C, C), h])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((B, N * C, H, V), low),
+        scratch_types=[tile(C, K, low), tile(C, C, low), tile(V, K, low), tile(V, C, low), tile(C, V, low)]
+        + [plgpu.Barrier(num_barriers=4)],
+        grid=(H, N, B),
+        grid_names=("h", "n", "b"),
+    )(chunks.read, chunks.scores, entries, p)
+
+
+def states(chunks: Chunks, s0: Array, config: Config) -> tuple[Array, Array, Array]:
+    """Twin: `twin.states`."""
+    B, H, N, C, K = chunks.w.shape
+    V, low = chunks.u.shape[3], chunks.w.dtype
+    stages = min(config.stages, N)
+
+    def body(w, u, write_, keep, s0, entries, p, last, w_s, u_s, write_s, keep_s, entry_s, p_s, loaded):
+        v, h, b = (lax.axis_index(name) for name in ("v", "h", "b"))
+        rows = pl.ds(v * VALUES, VALUES)
+
+        def fetch(n):
+            slot = lax.rem(n, stages)
+            plgpu.copy_gmem_to_smem(w.at[b, h, n], w_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(u.at[b, h, n, rows], u_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(write_.at[b, h, n], write_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(keep.at[b, h, n], keep_s.at[slot], loaded.at[slot])
+
+        for n in range(stages):
+            fetch(jnp.int32(n))
+
+        def step(n, s):
+            slot = lax.rem(n, stages)
+            plgpu.barrier_wait(loaded.at[slot])
+            entry = s.astype(low)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            write(entry, entry_s, entries.at[b, h, n, rows])
+            wrote = load(u_s.at[slot]).astype(jnp.float32)
+            wrote = product((entry, w_s.at[slot].transpose((1, 0))), start=wrote).astype(low)
+            write(wrote, p_s, p.at[b, h, n, rows])
+            kept = s * stack(load(keep_s.at[slot], COLUMNS), VALUES)
+            s = product((wrote, write_s.at[slot]), start=kept)
+            pl.when(n + stages < N)(lambda: fetch(n + stages))
+            return s
+
+        s = lax.fori_loop(0, N, step, load(s0.at[b, h, rows]))
+        last.at[b, h, rows][...] = s
+        plgpu.wait_smem_to_gmem(0)
+
+    ring = lambda *shape: plgpu.SMEM((stages, *shape), low, transforms=TILED)
+    out = lambda *shape: jax.ShapeDtypeStruct((B, H, N, V, *shape), low)
+    return plgpu.kernel(
+        body,
+        out_type=(out(K), out(C), jax.ShapeDtypeStruct((B, H, V, K), jnp.float32)),
+        scratch_types=[ring(C, K), ring(VALUES, C), ring(C, K), plgpu.SMEM((stages, K), jnp.float32)]
+        + [tile(VALUES, K, low), tile(VALUES, C, low), plgpu.Barrier(num_arrivals=4, num_barriers=stages)],
+        grid=(V // VALUES, H, B),
+        grid_names=("v", "h", "b"),
+    )(chunks.w, chunks.u, chunks.write, chunks.keep, s0)
+
+
+def weights(select: Callable[[Array, Array], Array], dtype: jnp.dtype) -> Array:
+    """Weights of rows in sums over a chunk, as the left operand of a product."""
+    i, t = iotas(CHUNK, CHUNK)
+    chosen = select(i, t)
+    return jnp.where(chosen, 1.0, 0.0).astype(dtype) if chosen.dtype == jnp.bool_ else chosen.astype(dtype)
+
+
+def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
+    """Twin: `twin.intra`. Channels come in tiles of 64, so that what they need fits the registers of one warpgroup."""
+    (B, T, H, K), V, low = tokens.q.shape, tokens.v.shape[-1], tokens.q.dtype
+    N, C, documents = T // CHUNK, CHUNK, rows.document is not None
+
+    def body(*refs):
+        (q, k, v, g, beta), refs = refs[:5], refs[5:]
+        (document, last), refs = (refs[:2], refs[2:]) if documents else ((None, None), refs)
+        (w, u, scores, read, write_, keep, solve), refs = refs[:7], refs[7:]
+        q_s, k_s, parts_s, column_s, x_s, d_s, small_s, loaded, v_loaded = refs
+        n, h, b = (lax.axis_index(name) for name in ("n", "h", "b"))
+        span = pl.ds(n * C, C)
+        channels = [pl.ds(first, C) for first in range(0, max(K, V), C)]
+        keys = list(enumerate(channels[: K // C]))
+        for c, some in keys:
+            plgpu.copy_gmem_to_smem(q.at[b, span, h, some], q_s.at[c], loaded.at[0])
+            plgpu.copy_gmem_to_smem(k.at[b, span, h, some], k_s.at[c], loaded.at[1])
+        for c, some in keys:
+            rest = load(g.at[b, span, h, some]) * LOG2E
+            for i in range(config.terms):
+                part = rest.astype(low)
+                parts_s.at[i, c][...] = part
+                rest -= part.astype(jnp.float32)
+        plgpu.commit_smem()
+        sums = lambda select, c: product(*((weights(select, low), parts_s.at[i, c]) for i in range(config.terms)))
+        wide = lambda ref: load(ref).astype(jnp.float32)
+        plgpu.barrier_wait(loaded.at[0])
+        plgpu.barrier_wait(loaded.at[1])
+        i, j = iotas(C, C)
+        zero = plgpu.layout_cast(jnp.zeros((C, C), jnp.float32), plgpu.Layout.WGMMA)
+        seen, met = zero, zero
+        for half in (None, *CUTS):
+            select = about_middle if half is None else functools.partial(between, half=half)
+            mask = near(i, j) if half is None else across(i, j, half)
+            for_q, for_k = [], []
+            for c, _ in keys:
+                z = sums(select, c)
+                row, k_wide = jnp.exp2(z), wide(k_s.at[c])
+                for_q.append((wide(q_s.at[c]) * row).astype(low))
+                for_k.append((k_wide * row).astype(low))
+                column_s.at[c][...] = (k_wide * jnp.exp2(-z)).astype(low) if half is None else for_k[-1]
+            plgpu.commit_smem()
+            columns = [column_s.at[c].transpose((1, 0)) for c, _ in keys]
+            seen = jnp.where(mask | (i == j) if half is None else mask, product(*zip(for_q, columns)), seen)
+            met = jnp.where(mask, product(*zip(for_k, columns)), met)
+        if documents:
+            document_r, last_r = load(document.at[b, span], ROWS), load(last.at[b, span], ROWS)
+            pairs = spread(document_r, C) == stack(load(document.at[b, span], COLUMNS), C)
+            seen, met = jnp.where(pairs, seen, 0.0), jnp.where(pairs, met, 0.0)
+        write(seen, small_s, scores.at[b, h, n])
+        for c, some in keys:
+            until, after = jnp.exp2(sums(lambda i, t: t <= i, c)), jnp.exp2(sums(lambda i, t: t > i, c))
+            if documents:
+                until = jnp.where(spread(document_r, C) == 0.0, until, 0.0)
+                after = jnp.where(spread(document_r, C) == spread(last_r, C), after, 0.0)
+            keep.at[b, h, n, some][...] = jnp.where(i == C - 1, until, 0.0).sum(axis=0)
+            k_wide = wide(k_s.at[c])
+            write(wide(q_s.at[c]) * until, q_s.at[c], read.at[b, h, n, :, some])
+            k_s.at[c][...] = (k_wide * until).astype(low)
+            write(k_wide * after, column_s.at[c], write_.at[b, h, n, :, some])
+        for c, some in enumerate(channels[: V // C]):
+            plgpu.copy_gmem_to_smem(v.at[b, span, h, some], parts_s.at[0, c], v_loaded)
+        inverse = _inverse(met * spread(load(beta.at[b, h, span], ROWS), C), x_s, d_s)
+        solved = (inverse * stack(load(beta.at[b, h, span], COLUMNS), C)).astype(low)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        write(solved, small_s, solve.at[b, h, n])
+        for c, some in keys:
+            write(-product((solved, k_s.at[c])), q_s.at[c], w.at[b, h, n, :, some])
+        plgpu.barrier_wait(v_loaded)
+        for c, some in enumerate(channels[: V // C]):
+            found = product((parts_s.at[0, c].transpose((1, 0)), small_s.transpose((1, 0))))
+            write(found, column_s.at[c], u.at[b, h, n, some])
+        plgpu.wait_smem_to_gmem(0)
+
+    out = lambda *shape, dtype=low: jax.ShapeDtypeStruct((B, H, N, *shape), dtype)
+    tiles = lambda *counts: plgpu.SMEM((*counts, C, C), low, transforms=TILED)
+    most = max(K, V) // C
+    found = plgpu.kernel(
+        body,
+        out_type=(out(C, K), out(V, C), out(C, C), out(C, K), out(C, K), out(K, dtype=jnp.float32), out(C, C)),
+        scratch_types=[tiles(K // C), tiles(K // C), tiles(config.terms, most), tiles(most)]
+        + [tile(C, C, jnp.float16), tile(C, C, jnp.float16), tile(C, C, low)]
+        + [plgpu.Barrier(num_arrivals=K // C, num_barriers=2), plgpu.Barrier(num_arrivals=V // C)],
+        grid=(H, N, B),
+        grid_names=("h", "n", "b"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*tokens, *(x for x in rows if x is not None))
+    return Chunks(*found)
+
+
+def _inverse(lower: Array, x_s, d_s) -> Array:
+    """Twin: `twin._inverse`; x_s and d_s hold its operands."""
+    i, j = iotas(CHUNK, CHUNK)
+    inverse = jnp.where(i == j, 1.0, 0.0) - jnp.where(across(i, j, 1), lower, 0.0)
+    half = 2
+    while half < CHUNK:
+        rounded = inverse.astype(d_s.dtype)
+        x_s[...] = jnp.where(across(i, j, half), lower, 0.0).astype(x_s.dtype)
+        d_s[...] = rounded
+        plgpu.commit_smem()
+        below = product((rounded, x_s)).astype(d_s.dtype)
+        inverse -= product((below, d_s))
+        half *= 2
+    return inverse
