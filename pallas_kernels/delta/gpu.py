@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.delta.chunk import CHUNK, CUTS, about_middle, across, between, near
+from pallas_kernels.delta.chunk import CHUNK, CUTS, LEAST, about_middle, across, between, near
 from pallas_kernels.delta.rule import Chunks, Gradients, Rows, Tokens
 
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -58,27 +58,39 @@ class Kernels:
     def outputs(self, chunks: Chunks, entries: Array, p: Array) -> Array:
         return outputs(chunks, entries, p)
 
+    def reverse(self, chunks: Chunks, do: Array, ds: Array) -> tuple[Array, Array, Array]:
+        return reverse(chunks, do, ds, self.config)
+
+    def gradients(
+        self, tokens: Tokens, rows: Rows, chunks: Chunks, entries: Array, p: Array, exits: Array, dp: Array, do: Array
+    ) -> Gradients:
+        return gradients(tokens, rows, chunks, entries, p, exits, dp, do, self.config)
+
 
 def tile(rows: int, columns: int, dtype: jnp.dtype) -> plgpu.SMEM:
     """Shared memory as matrix instructions read it."""
     return plgpu.SMEM((rows, columns), dtype, transforms=TILED)
 
 
-def product(*pairs: tuple, start: Array | None = None) -> Array:
-    """The sum of left @ right, of `[M K] [K N]` each, on top of `start`; left may be in registers."""
+def product(*pairs: tuple, start: Array | None = None, during: Callable[[], None] = lambda: None) -> Array:
+    """The sum of left @ right, of `[M K] [K N]` each, on top of `start`; left may be in registers.
+
+    `during` runs while the products do.
+    """
     if start is not None:
-        return pl.run_state(lambda acc: _accumulate(acc, pairs))(plgpu.ACC.init(start))
+        return pl.run_state(lambda acc: _accumulate(acc, pairs, during))(plgpu.ACC.init(start))
 
     def run(acc):
-        _accumulate(acc, pairs)
+        _accumulate(acc, pairs, during)
         return acc[...]
 
     return pl.run_scoped(run, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), jnp.float32))
 
 
-def _accumulate(acc, pairs) -> None:
+def _accumulate(acc, pairs, during) -> None:
     for left, right in pairs:
         plgpu.wgmma(acc, left, right)
+    during()
 
 
 def iotas(rows: int, columns: int) -> tuple[Array, Array]:
@@ -157,12 +169,12 @@ def states(chunks: Chunks, s0: Array, config: Config) -> tuple[Array, Array, Arr
             plgpu.barrier_wait(loaded.at[slot])
             entry = s.astype(low)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            write(entry, entry_s, entries.at[b, h, n, rows])
+            keep_entry = lambda: write(entry, entry_s, entries.at[b, h, n, rows])
             wrote = load(u_s.at[slot]).astype(jnp.float32)
-            wrote = product((entry, w_s.at[slot].transpose((1, 0))), start=wrote).astype(low)
-            write(wrote, p_s, p.at[b, h, n, rows])
+            wrote = product((entry, w_s.at[slot].transpose((1, 0))), start=wrote, during=keep_entry).astype(low)
             kept = s * stack(load(keep_s.at[slot], COLUMNS), VALUES)
-            s = product((wrote, write_s.at[slot]), start=kept)
+            keep_wrote = lambda: write(wrote, p_s, p.at[b, h, n, rows])
+            s = product((wrote, write_s.at[slot]), start=kept, during=keep_wrote)
             pl.when(n + stages < N)(lambda: fetch(n + stages))
             return s
 
@@ -182,11 +194,67 @@ def states(chunks: Chunks, s0: Array, config: Config) -> tuple[Array, Array, Arr
     )(chunks.w, chunks.u, chunks.write, chunks.keep, s0)
 
 
+def reverse(chunks: Chunks, do: Array, ds: Array, config: Config) -> tuple[Array, Array, Array]:
+    """Twin: `twin.reverse`."""
+    B, H, N, C, K = chunks.w.shape
+    V, low = do.shape[-1], chunks.w.dtype
+    stages = min(config.stages, N)
+
+    def body(w, scores, read, write_, keep, do, ds, exits, dp, first, *scratch):
+        w_s, scores_s, read_s, write_s, keep_s, do_s, exit_s, dp_s, loaded = scratch
+        v, h, b = (lax.axis_index(name) for name in ("v", "h", "b"))
+        rows = pl.ds(v * VALUES, VALUES)
+
+        def fetch(step):
+            slot, n = lax.rem(step, stages), N - 1 - step
+            for gmem, smem in ((w, w_s), (scores, scores_s), (read, read_s), (write_, write_s), (keep, keep_s)):
+                plgpu.copy_gmem_to_smem(gmem.at[b, h, n], smem.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(do.at[b, pl.ds(n * C, C), h, rows], do_s.at[slot], loaded.at[slot])
+
+        for step in range(stages):
+            fetch(jnp.int32(step))
+
+        def back(step, ds):
+            slot, n = lax.rem(step, stages), N - 1 - step
+            plgpu.barrier_wait(loaded.at[slot])
+            leaving = ds.astype(low)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            keep_leaving = lambda: write(leaving, exit_s, exits.at[b, h, n, rows])
+            back_do = do_s.at[slot].transpose((1, 0))
+            by_state = (leaving, write_s.at[slot].transpose((1, 0)))
+            wrote = product(by_state, (back_do, scores_s.at[slot]), during=keep_leaving).astype(low)
+            kept = ds * stack(load(keep_s.at[slot], COLUMNS), VALUES)
+            keep_wrote = lambda: write(wrote, dp_s, dp.at[b, h, n, rows])
+            ds = product((wrote, w_s.at[slot]), (back_do, read_s.at[slot]), start=kept, during=keep_wrote)
+            pl.when(step + stages < N)(lambda: fetch(step + stages))
+            return ds
+
+        first.at[b, h, rows][...] = lax.fori_loop(0, N, back, load(ds.at[b, h, rows]))
+        plgpu.wait_smem_to_gmem(0)
+
+    ring = lambda *shape: plgpu.SMEM((stages, *shape), low, transforms=TILED)
+    out = lambda *shape: jax.ShapeDtypeStruct((B, H, N, V, *shape), low)
+    return plgpu.kernel(
+        body,
+        out_type=(out(K), out(C), jax.ShapeDtypeStruct((B, H, V, K), jnp.float32)),
+        scratch_types=[ring(C, K), ring(C, C), ring(C, K), ring(C, K), plgpu.SMEM((stages, K), jnp.float32)]
+        + [ring(C, VALUES), tile(VALUES, K, low), tile(VALUES, C, low)]
+        + [plgpu.Barrier(num_arrivals=6, num_barriers=stages)],
+        grid=(V // VALUES, H, B),
+        grid_names=("v", "h", "b"),
+    )(chunks.w, chunks.scores, chunks.read, chunks.write, chunks.keep, do, ds)
+
+
 def weights(select: Callable[[Array, Array], Array], dtype: jnp.dtype) -> Array:
     """Weights of rows in sums over a chunk, as the left operand of a product."""
     i, t = iotas(CHUNK, CHUNK)
     chosen = select(i, t)
     return jnp.where(chosen, 1.0, 0.0).astype(dtype) if chosen.dtype == jnp.bool_ else chosen.astype(dtype)
+
+
+def _documents(rows: Rows) -> tuple[Array, ...]:
+    """What kernels take of documents; the numbers twice, since a reference is loaded in one layout only."""
+    return () if rows.document is None else (rows.document, rows.document, rows.enter, rows.leave)
 
 
 def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
@@ -196,7 +264,7 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
 
     def body(*refs):
         (q, k, v, g, beta), refs = refs[:5], refs[5:]
-        (document, last), refs = (refs[:2], refs[2:]) if documents else ((None, None), refs)
+        (document, other, enter, leave), refs = (refs[:4], refs[4:]) if documents else ((None,) * 4, refs)
         (w, u, scores, read, write_, keep, solve), refs = refs[:7], refs[7:]
         q_s, k_s, parts_s, column_s, x_s, d_s, small_s, loaded, v_loaded = refs
         n, h, b = (lax.axis_index(name) for name in ("n", "h", "b"))
@@ -207,7 +275,7 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
             plgpu.copy_gmem_to_smem(q.at[b, span, h, some], q_s.at[c], loaded.at[0])
             plgpu.copy_gmem_to_smem(k.at[b, span, h, some], k_s.at[c], loaded.at[1])
         for c, some in keys:
-            rest = load(g.at[b, span, h, some]) * LOG2E
+            rest = jnp.maximum(load(g.at[b, span, h, some]), LEAST) * LOG2E
             for i in range(config.terms):
                 part = rest.astype(low)
                 parts_s.at[i, c][...] = part
@@ -235,15 +303,14 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
             seen = jnp.where(mask | (i == j) if half is None else mask, product(*zip(for_q, columns)), seen)
             met = jnp.where(mask, product(*zip(for_k, columns)), met)
         if documents:
-            document_r, last_r = load(document.at[b, span], ROWS), load(last.at[b, span], ROWS)
-            pairs = spread(document_r, C) == stack(load(document.at[b, span], COLUMNS), C)
-            seen, met = jnp.where(pairs, seen, 0.0), jnp.where(pairs, met, 0.0)
+            apart = spread(load(document.at[b, span], ROWS), C) - stack(load(other.at[b, span], COLUMNS), C)
+            seen, met = jnp.where(apart == 0.0, seen, 0.0), jnp.where(apart == 0.0, met, 0.0)
         write(seen, small_s, scores.at[b, h, n])
         for c, some in keys:
             until, after = jnp.exp2(sums(lambda i, t: t <= i, c)), jnp.exp2(sums(lambda i, t: t > i, c))
             if documents:
-                until = jnp.where(spread(document_r, C) == 0.0, until, 0.0)
-                after = jnp.where(spread(document_r, C) == spread(last_r, C), after, 0.0)
+                until *= spread(load(enter.at[b, span], ROWS), C)
+                after *= spread(load(leave.at[b, span], ROWS), C)
             keep.at[b, h, n, some][...] = jnp.where(i == C - 1, until, 0.0).sum(axis=0)
             k_wide = wide(k_s.at[c])
             write(wide(q_s.at[c]) * until, q_s.at[c], read.at[b, h, n, :, some])
@@ -275,7 +342,7 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
         grid=(H, N, B),
         grid_names=("h", "n", "b"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*tokens, *(x for x in rows if x is not None))
+    )(*tokens, rows.beta, *_documents(rows))
     return Chunks(*found)
 
 
@@ -293,3 +360,126 @@ def _inverse(lower: Array, x_s, d_s) -> Array:
         inverse -= product((below, d_s))
         half *= 2
     return inverse
+
+
+def gradients(
+    tokens: Tokens,
+    rows: Rows,
+    chunks: Chunks,
+    entries: Array,
+    p: Array,
+    exits: Array,
+    dp: Array,
+    do: Array,
+    config: Config,
+) -> Gradients:
+    """Twin: `twin.gradients`. A program has one chunk and 64 channels of its keys; all its tiles are 64 x 64."""
+    (B, T, H, K), V, low = tokens.q.shape, do.shape[-1], tokens.q.dtype
+    N, C, documents = T // CHUNK, CHUNK, rows.document is not None
+    vs = range(V // C)
+
+    def body(*refs):
+        (q, k, g, beta, keep, entries, p, exits, dp, do, solve), refs = refs[:11], refs[11:]
+        (document, other, enter, leave), refs = (refs[:4], refs[4:]) if documents else ((None,) * 4, refs)
+        (dq, dk, dv, dg, d_beta), refs = refs[:5], refs[5:]
+        q_s, k_s, do_s, p_s, dp_s, entry_s, exit_s, solve_s, parts_s, loaded = refs
+        c, h, nb = (lax.axis_index(name) for name in ("c", "h", "nb"))
+        n, b = lax.rem(nb, N), lax.div(nb, N)
+        span, some = pl.ds(n * C, C), pl.ds(c * C, C)
+        copies = [(solve.at[b, h, n], solve_s), (q.at[b, span, h, some], q_s), (k.at[b, span, h, some], k_s)]
+        for v in vs:
+            of_v = pl.ds(v * C, C)
+            copies += [(dp.at[b, h, n, of_v], dp_s.at[v]), (do.at[b, span, h, of_v], do_s.at[v])]
+            copies += [(p.at[b, h, n, of_v], p_s.at[v]), (entries.at[b, h, n, of_v, some], entry_s.at[v])]
+            copies += [(exits.at[b, h, n, of_v, some], exit_s.at[v])]
+        for gmem, smem in copies:
+            plgpu.copy_gmem_to_smem(gmem, smem, loaded)
+        turned = lambda ref: ref.transpose((1, 0))
+        rest = jnp.maximum(load(g.at[b, span, h, some]), LEAST) * LOG2E
+        for part in range(config.terms):
+            parts_s.at[part][...] = rest.astype(low)
+            rest -= rest.astype(low).astype(jnp.float32)
+        plgpu.commit_smem()
+        sums = lambda select: product(*((weights(select, low), parts_s.at[part]) for part in range(config.terms)))
+        plgpu.barrier_wait(loaded)
+
+        of_values = [product((turned(solve_s), turned(dp_s.at[v]))).astype(low) for v in vs]
+        i, j = iotas(C, C)
+        d_scores = product(*((do_s.at[v], p_s.at[v]) for v in vs))
+        d_met = product(*((of_values[v], p_s.at[v]) for v in vs))
+        own = jnp.where(i == j, d_met, 0.0).sum(axis=1)
+
+        @pl.when(c == 0)
+        def _():
+            strength = load(beta.at[b, h, span], ROWS)
+            d_beta.at[b, h, span][...] = own / (strength * strength)
+            for v in vs:
+                write(of_values[v], dp_s.at[v], dv.at[b, span, h, pl.ds(v * C, C)])
+
+        d_scores, d_met = jnp.where(i >= j, d_scores, 0.0), jnp.where(i > j, -d_met, 0.0)
+        if documents:
+            apart = spread(load(document.at[b, span], ROWS), C) - stack(load(other.at[b, span], COLUMNS), C)
+            d_scores, d_met = jnp.where(apart == 0.0, d_scores, 0.0), jnp.where(apart == 0.0, d_met, 0.0)
+        d_scores, d_met = d_scores.astype(low), d_met.astype(low)
+
+        until, after = jnp.exp2(sums(lambda i, t: t <= i)), jnp.exp2(sums(lambda i, t: t > i))
+        if documents:
+            until *= spread(load(enter.at[b, span], ROWS), C)
+            after *= spread(load(leave.at[b, span], ROWS), C)
+        wide = lambda ref: load(ref).astype(jnp.float32)
+        to_q = until * product(*((do_s.at[v], entry_s.at[v]) for v in vs))
+        to_k = -until * product(*((of_values[v], entry_s.at[v]) for v in vs))
+        q_wide, k_wide = wide(q_s), wide(k_s)
+        d_sum = q_wide * to_q + k_wide * to_k
+        to_column = after * product(*((turned(p_s.at[v]), exit_s.at[v]) for v in vs))
+        d_sum -= k_wide * to_column
+        to_k += to_column
+        held = sum(wide(entry_s.at[v]) * wide(exit_s.at[v]) for v in vs).sum(axis=0)
+        at_exit = (k_wide * to_column).sum(axis=0) + load(keep.at[b, h, n, some], COLUMNS) * held
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        q_row_s, k_row_s, column_s, mine_s, met_s = do_s.at[0], p_s.at[0], entry_s.at[0], solve_s, exit_s.at[0]
+        for half in (None, *CUTS):
+            z = sums(about_middle if half is None else functools.partial(between, half=half))
+            mask = near(i, j) if half is None else across(i, j, half)
+            row = jnp.exp2(z)
+            column = jnp.exp2(-z) if half is None else row
+            for smem, of, factor in ((q_row_s, q_s, row), (k_row_s, k_s, row), (column_s, k_s, column)):
+                smem[...] = (wide(of) * factor).astype(low)
+            mine_s[...] = jnp.where(mask | (i == j) if half is None else mask, d_scores, 0.0)
+            met_s[...] = jnp.where(mask, d_met, 0.0)
+            plgpu.commit_smem()
+            found = product((mine_s, column_s))
+            to_q += row * found
+            d_sum += wide(q_row_s) * found
+            found = product((met_s, column_s))
+            to_k += row * found
+            d_sum += wide(k_row_s) * found
+            found = product((turned(mine_s), q_row_s), (turned(met_s), k_row_s))
+            to_k += column * found
+            d_sum -= wide(column_s) * found
+        write(to_q, q_s, dq.at[b, span, h, some])
+        write(to_k, k_s, dk.at[b, span, h, some])
+        for part in range(2):
+            parts_s.at[part][...] = d_sum.astype(low)
+            d_sum -= d_sum.astype(low).astype(jnp.float32)
+        plgpu.commit_smem()
+        total = product(*((weights(lambda i, t: t >= i, low), parts_s.at[part]) for part in range(2)))
+        dg.at[b, span, h, some][...] = total + stack(at_exit, C)
+        plgpu.wait_smem_to_gmem(0)
+
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    tiles = lambda count: plgpu.SMEM((count, C, C), low, transforms=TILED)
+    found = plgpu.kernel(
+        body,
+        out_type=(like(tokens.q), like(tokens.k), like(tokens.v), like(tokens.g), like(rows.beta)),
+        scratch_types=[tile(C, C, low), tile(C, C, low), *(tiles(V // C) for _ in range(5)), tile(C, C, low), tiles(2)]
+        + [plgpu.Barrier(num_arrivals=3 + 5 * (V // C))],
+        grid=(K // C, H, N * B),
+        grid_names=("c", "h", "nb"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(
+        *(tokens.q, tokens.k, tokens.g, rows.beta, chunks.keep, entries, p, exits, dp, do, chunks.solve),
+        *_documents(rows),
+    )
+    return Gradients(*found)

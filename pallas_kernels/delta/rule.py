@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.delta.chunk import CHUNK, LEAST, LEAST_BETA
+from pallas_kernels.delta.chunk import CHUNK, LEAST_BETA
 
 
 class Tokens(NamedTuple):
@@ -18,7 +18,7 @@ class Tokens(NamedTuple):
     q: Array  # [B T H K]
     k: Array  # [B T H K]
     v: Array  # [B T H V]
-    g: Array  # [B T H K] log decays, float32, from LEAST to 0, and 0 where a document begins
+    g: Array  # [B T H K] log decays, float32, 0 where a document begins; steps take what is below LEAST as LEAST
 
 
 class Rows(NamedTuple):
@@ -26,7 +26,8 @@ class Rows(NamedTuple):
 
     beta: Array  # [B H T] at least LEAST_BETA
     document: Array | None  # [B T] documents begun in the token's chunk up to it; None: none
-    last: Array | None  # [B T] documents begun in the token's chunk
+    enter: Array | None  # [B T] 1 where no document has begun in the chunk up to the token, else 0
+    leave: Array | None  # [B T] 1 where none begins in the chunk after it, else 0
 
 
 class Chunks(NamedTuple):
@@ -82,19 +83,19 @@ def chunked(
 ) -> tuple[Array, Array]:
     """The arguments and results of `ref.reference`, by `steps`; differentiable in all but resets."""
     (batch, length, heads, key_dim), value_dim = k.shape, v.shape[-1]
-    g = jnp.clip(log_decay.astype(jnp.float32), LEAST, 0)
+    g = log_decay.astype(jnp.float32)
     g = jnp.broadcast_to(g if g.ndim == 4 else g[..., None], k.shape)
-    document = last = None
+    documents = (None, None, None)
     if resets is not None:
         g = jnp.where(resets[:, :, None, None], 0, g)
         document = _padded(resets, 1).reshape(batch, -1, CHUNK)
         document = jnp.cumsum(document, axis=-1, dtype=jnp.float32)
-        last = jnp.broadcast_to(document[..., -1:], document.shape).reshape(batch, -1)
-        document = document.reshape(batch, -1)
+        documents = (document, document == 0, document == document[..., -1:])
+        documents = tuple(x.astype(jnp.float32).reshape(batch, -1) for x in documents)
     strength = jnp.maximum(jnp.moveaxis(_padded(beta.astype(jnp.float32), 1), 1, 2), LEAST_BETA)
     tokens = Tokens(*(_padded(x, 1) for x in (q, k, v, g)))
     s0 = jnp.zeros((batch, heads, key_dim, value_dim)) if s0 is None else s0.astype(jnp.float32)
-    o, s = _rule(steps, tokens, Rows(strength, document, last), jnp.swapaxes(s0, -1, -2))
+    o, s = _rule(steps, tokens, Rows(strength, *documents), jnp.swapaxes(s0, -1, -2))
     return o[:, :length], jnp.swapaxes(s, -1, -2)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.delta.chunk import CHUNK, CUTS, about_middle, across, between, near
+from pallas_kernels.delta.chunk import CHUNK, CUTS, LEAST, about_middle, across, between, near
 from pallas_kernels.delta.rule import Chunks, Gradients, Rows, Tokens
 
 
@@ -19,7 +19,7 @@ def intra(tokens: Tokens, rows: Rows) -> Chunks:
     """What a chunk does with the state at its entry, from its tokens alone."""
     low = tokens.q.dtype
     q, k, v = (_chunks(x).astype(jnp.float32) for x in (tokens.q, tokens.k, tokens.v))
-    g = _chunks(tokens.g)
+    g = jnp.maximum(_chunks(tokens.g), LEAST)
     beta, enter, leave, whole, pairs = _rows(rows)
     scores, met = jnp.zeros((2, *q.shape[:3], CHUNK, CHUNK))
     for weights, mask, inverse in _levels():
@@ -90,7 +90,7 @@ def gradients(
     """
     low = tokens.q.dtype
     q, k = (_chunks(x).astype(jnp.float32) for x in (tokens.q, tokens.k))
-    g, do = _chunks(tokens.g), _chunks(do).astype(jnp.float32)
+    g, do = jnp.maximum(_chunks(tokens.g), LEAST), _chunks(do).astype(jnp.float32)
     beta, enter, leave, _, pairs = _rows(rows)
     entries, p, exits, dp = (x.astype(jnp.float32) for x in (entries, p, exits, dp))
     dv = _t(dp @ chunks.solve.astype(jnp.float32))
@@ -144,8 +144,7 @@ def _rows(rows: Rows) -> tuple[Array, ...]:
     if rows.document is None:
         ones = jnp.ones_like(beta)
         return beta, ones, ones, ones[..., 0], lower
-    document, last = split(rows.document)[:, None], split(rows.last)[:, None]
-    enter, leave = (document == 0).astype(jnp.float32), (document == last).astype(jnp.float32)
+    document, enter, leave = (split(x)[:, None] for x in rows[1:])
     return beta, enter, leave, enter[..., -1], lower & (document[..., :, None] == document[..., None, :])
 
 
