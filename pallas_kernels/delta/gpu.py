@@ -1,9 +1,9 @@
 """The steps of the delta rule on Hopper, by Pallas Mosaic GPU.
 
 The sequence is split into chunks of 64 tokens. What a chunk does with the state that enters it needs its own tokens
-alone, so that `intra` and `outputs` run over all chunks at once; only `states`, two matrix products a chunk, goes through
-them in order, a head's value channels in tiles. It keeps the state transposed, as rows of an accumulator: both products
-take their left operand from registers, and nothing of the chain goes through shared memory.
+alone, so that `intra` and `outputs` run over all chunks at once; only `states`, two matrix products a chunk, goes
+through them in order, a head's value channels in tiles. It keeps the state transposed, as rows of an accumulator: both
+products take their left operand from registers, and nothing of the chain goes through shared memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.delta import twin
 from pallas_kernels.delta.chunk import CHUNK, CUTS, LEAST, about_middle, across, between, near
+from pallas_kernels.delta.config import Config
 from pallas_kernels.delta.rule import Chunks, Gradients, Rows, Tokens
 
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -29,25 +31,15 @@ LOG2E = math.log2(math.e)
 VALUES = 64
 """Value channels of a state that one program carries through the sequence."""
 
-
-@dataclass(frozen=True)
-class Config:
-    """What may be tuned; no result depends on it beyond rounding.
-
-    Args:
-        stages: chunks that the passes over states hold in shared memory.
-        terms: 16-bit parts of a log decay in sums; one keeps 8 bits of it, two 16.
-    """
-
-    stages: int = 3
-    terms: int = 2
+GROUP = 256
+"""Chunks whose gradients are found at once."""
 
 
 @dataclass(frozen=True)
 class Kernels:
     """`rule.Steps` on a GPU."""
 
-    config: Config = Config()
+    config: Config
 
     def intra(self, tokens: Tokens, rows: Rows) -> Chunks:
         return intra(tokens, rows, self.config)
@@ -64,7 +56,7 @@ class Kernels:
     def gradients(
         self, tokens: Tokens, rows: Rows, chunks: Chunks, entries: Array, p: Array, exits: Array, dp: Array, do: Array
     ) -> Gradients:
-        return gradients(tokens, rows, chunks, entries, p, exits, dp, do, self.config)
+        return gradients(tokens, rows, chunks, entries, p, exits, dp, do)
 
 
 def tile(rows: int, columns: int, dtype: jnp.dtype) -> plgpu.SMEM:
@@ -137,8 +129,14 @@ def outputs(chunks: Chunks, entries: Array, p: Array) -> Array:
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((B, N * C, H, V), low),
-        scratch_types=[tile(C, K, low), tile(C, C, low), tile(V, K, low), tile(V, C, low), tile(C, V, low)]
-        + [plgpu.Barrier(num_barriers=4)],
+        scratch_types=[
+            tile(C, K, low),
+            tile(C, C, low),
+            tile(V, K, low),
+            tile(V, C, low),
+            tile(C, V, low),
+            plgpu.Barrier(num_barriers=4),
+        ],
         grid=(H, N, B),
         grid_names=("h", "n", "b"),
     )(chunks.read, chunks.scores, entries, p)
@@ -187,8 +185,15 @@ def states(chunks: Chunks, s0: Array, config: Config) -> tuple[Array, Array, Arr
     return plgpu.kernel(
         body,
         out_type=(out(K), out(C), jax.ShapeDtypeStruct((B, H, V, K), jnp.float32)),
-        scratch_types=[ring(C, K), ring(VALUES, C), ring(C, K), plgpu.SMEM((stages, K), jnp.float32)]
-        + [tile(VALUES, K, low), tile(VALUES, C, low), plgpu.Barrier(num_arrivals=4, num_barriers=stages)],
+        scratch_types=[
+            ring(C, K),
+            ring(VALUES, C),
+            ring(C, K),
+            plgpu.SMEM((stages, K), jnp.float32),
+            tile(VALUES, K, low),
+            tile(VALUES, C, low),
+            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        ],
         grid=(V // VALUES, H, B),
         grid_names=("v", "h", "b"),
     )(chunks.w, chunks.u, chunks.write, chunks.keep, s0)
@@ -237,9 +242,17 @@ def reverse(chunks: Chunks, do: Array, ds: Array, config: Config) -> tuple[Array
     return plgpu.kernel(
         body,
         out_type=(out(K), out(C), jax.ShapeDtypeStruct((B, H, V, K), jnp.float32)),
-        scratch_types=[ring(C, K), ring(C, C), ring(C, K), ring(C, K), plgpu.SMEM((stages, K), jnp.float32)]
-        + [ring(C, VALUES), tile(VALUES, K, low), tile(VALUES, C, low)]
-        + [plgpu.Barrier(num_arrivals=6, num_barriers=stages)],
+        scratch_types=[
+            ring(C, K),
+            ring(C, C),
+            ring(C, K),
+            ring(C, K),
+            plgpu.SMEM((stages, K), jnp.float32),
+            ring(C, VALUES),
+            tile(VALUES, K, low),
+            tile(VALUES, C, low),
+            plgpu.Barrier(num_arrivals=6, num_barriers=stages),
+        ],
         grid=(V // VALUES, H, B),
         grid_names=("v", "h", "b"),
     )(chunks.w, chunks.scores, chunks.read, chunks.write, chunks.keep, do, ds)
@@ -300,8 +313,10 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
                 column_s.at[c][...] = (k_wide * jnp.exp2(-z)).astype(low) if half is None else for_k[-1]
             plgpu.commit_smem()
             columns = [column_s.at[c].transpose((1, 0)) for c, _ in keys]
-            seen = jnp.where(mask | (i == j) if half is None else mask, product(*zip(for_q, columns)), seen)
-            met = jnp.where(mask, product(*zip(for_k, columns)), met)
+            seen = jnp.where(
+                mask | (i == j) if half is None else mask, product(*zip(for_q, columns, strict=True)), seen
+            )
+            met = jnp.where(mask, product(*zip(for_k, columns, strict=True)), met)
         if documents:
             apart = spread(load(document.at[b, span], ROWS), C) - stack(load(other.at[b, span], COLUMNS), C)
             seen, met = jnp.where(apart == 0.0, seen, 0.0), jnp.where(apart == 0.0, met, 0.0)
@@ -336,9 +351,17 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
     found = plgpu.kernel(
         body,
         out_type=(out(C, K), out(V, C), out(C, C), out(C, K), out(C, K), out(K, dtype=jnp.float32), out(C, C)),
-        scratch_types=[tiles(K // C), tiles(K // C), tiles(config.terms, most), tiles(most)]
-        + [tile(C, C, jnp.float16), tile(C, C, jnp.float16), tile(C, C, low)]
-        + [plgpu.Barrier(num_arrivals=K // C, num_barriers=2), plgpu.Barrier(num_arrivals=V // C)],
+        scratch_types=[
+            tiles(K // C),
+            tiles(K // C),
+            tiles(config.terms, most),
+            tiles(most),
+            tile(C, C, jnp.float16),
+            tile(C, C, jnp.float16),
+            tile(C, C, low),
+            plgpu.Barrier(num_arrivals=K // C, num_barriers=2),
+            plgpu.Barrier(num_arrivals=V // C),
+        ],
         grid=(H, N, B),
         grid_names=("h", "n", "b"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -363,123 +386,26 @@ def _inverse(lower: Array, x_s, d_s) -> Array:
 
 
 def gradients(
-    tokens: Tokens,
-    rows: Rows,
-    chunks: Chunks,
-    entries: Array,
-    p: Array,
-    exits: Array,
-    dp: Array,
-    do: Array,
-    config: Config,
+    tokens: Tokens, rows: Rows, chunks: Chunks, entries: Array, p: Array, exits: Array, dp: Array, do: Array
 ) -> Gradients:
-    """Twin: `twin.gradients`. A program has one chunk and 64 channels of its keys; all its tiles are 64 x 64."""
-    (B, T, H, K), V, low = tokens.q.shape, do.shape[-1], tokens.q.dtype
-    N, C, documents = T // CHUNK, CHUNK, rows.document is not None
-    vs = range(V // C)
+    """`twin.gradients` itself, by XLA, GROUP chunks at a time so that its temporaries stay small."""
+    N = chunks.w.shape[2]
 
-    def body(*refs):
-        (q, k, g, beta, keep, entries, p, exits, dp, do, solve), refs = refs[:11], refs[11:]
-        (document, other, enter, leave), refs = (refs[:4], refs[4:]) if documents else ((None,) * 4, refs)
-        (dq, dk, dv, dg, d_beta), refs = refs[:5], refs[5:]
-        q_s, k_s, do_s, p_s, dp_s, entry_s, exit_s, solve_s, parts_s, loaded = refs
-        c, h, nb = (lax.axis_index(name) for name in ("c", "h", "nb"))
-        n, b = lax.rem(nb, N), lax.div(nb, N)
-        span, some = pl.ds(n * C, C), pl.ds(c * C, C)
-        copies = [(solve.at[b, h, n], solve_s), (q.at[b, span, h, some], q_s), (k.at[b, span, h, some], k_s)]
-        for v in vs:
-            of_v = pl.ds(v * C, C)
-            copies += [(dp.at[b, h, n, of_v], dp_s.at[v]), (do.at[b, span, h, of_v], do_s.at[v])]
-            copies += [(p.at[b, h, n, of_v], p_s.at[v]), (entries.at[b, h, n, of_v, some], entry_s.at[v])]
-            copies += [(exits.at[b, h, n, of_v, some], exit_s.at[v])]
-        for gmem, smem in copies:
-            plgpu.copy_gmem_to_smem(gmem, smem, loaded)
-        turned = lambda ref: ref.transpose((1, 0))
-        rest = jnp.maximum(load(g.at[b, span, h, some]), LEAST) * LOG2E
-        for part in range(config.terms):
-            parts_s.at[part][...] = rest.astype(low)
-            rest -= rest.astype(low).astype(jnp.float32)
-        plgpu.commit_smem()
-        sums = lambda select: product(*((weights(select, low), parts_s.at[part]) for part in range(config.terms)))
-        plgpu.barrier_wait(loaded)
+    def some(first: Array | int, count: int) -> Gradients:
+        along = lambda axis, unit: lambda x: lax.dynamic_slice_in_dim(x, first * unit, count * unit, axis)
+        of_tokens, of_chunks = along(1, CHUNK), along(2, 1)
+        cut = Rows(along(2, CHUNK)(rows.beta), *jax.tree.map(of_tokens, rows[1:]))
+        given = jax.tree.map(of_chunks, (chunks, entries, p, exits, dp))
+        return twin.gradients(jax.tree.map(of_tokens, tokens), cut, *given, of_tokens(do))
 
-        of_values = [product((turned(solve_s), turned(dp_s.at[v]))).astype(low) for v in vs]
-        i, j = iotas(C, C)
-        d_scores = product(*((do_s.at[v], p_s.at[v]) for v in vs))
-        d_met = product(*((of_values[v], p_s.at[v]) for v in vs))
-        own = jnp.where(i == j, d_met, 0.0).sum(axis=1)
-
-        @pl.when(c == 0)
-        def _():
-            strength = load(beta.at[b, h, span], ROWS)
-            d_beta.at[b, h, span][...] = own / (strength * strength)
-            for v in vs:
-                write(of_values[v], dp_s.at[v], dv.at[b, span, h, pl.ds(v * C, C)])
-
-        d_scores, d_met = jnp.where(i >= j, d_scores, 0.0), jnp.where(i > j, -d_met, 0.0)
-        if documents:
-            apart = spread(load(document.at[b, span], ROWS), C) - stack(load(other.at[b, span], COLUMNS), C)
-            d_scores, d_met = jnp.where(apart == 0.0, d_scores, 0.0), jnp.where(apart == 0.0, d_met, 0.0)
-        d_scores, d_met = d_scores.astype(low), d_met.astype(low)
-
-        until, after = jnp.exp2(sums(lambda i, t: t <= i)), jnp.exp2(sums(lambda i, t: t > i))
-        if documents:
-            until *= spread(load(enter.at[b, span], ROWS), C)
-            after *= spread(load(leave.at[b, span], ROWS), C)
-        wide = lambda ref: load(ref).astype(jnp.float32)
-        to_q = until * product(*((do_s.at[v], entry_s.at[v]) for v in vs))
-        to_k = -until * product(*((of_values[v], entry_s.at[v]) for v in vs))
-        q_wide, k_wide = wide(q_s), wide(k_s)
-        d_sum = q_wide * to_q + k_wide * to_k
-        to_column = after * product(*((turned(p_s.at[v]), exit_s.at[v]) for v in vs))
-        d_sum -= k_wide * to_column
-        to_k += to_column
-        held = sum(wide(entry_s.at[v]) * wide(exit_s.at[v]) for v in vs).sum(axis=0)
-        at_exit = (k_wide * to_column).sum(axis=0) + load(keep.at[b, h, n, some], COLUMNS) * held
-
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        q_row_s, k_row_s, column_s, mine_s, met_s = do_s.at[0], p_s.at[0], entry_s.at[0], solve_s, exit_s.at[0]
-        for half in (None, *CUTS):
-            z = sums(about_middle if half is None else functools.partial(between, half=half))
-            mask = near(i, j) if half is None else across(i, j, half)
-            row = jnp.exp2(z)
-            column = jnp.exp2(-z) if half is None else row
-            for smem, of, factor in ((q_row_s, q_s, row), (k_row_s, k_s, row), (column_s, k_s, column)):
-                smem[...] = (wide(of) * factor).astype(low)
-            mine_s[...] = jnp.where(mask | (i == j) if half is None else mask, d_scores, 0.0)
-            met_s[...] = jnp.where(mask, d_met, 0.0)
-            plgpu.commit_smem()
-            found = product((mine_s, column_s))
-            to_q += row * found
-            d_sum += wide(q_row_s) * found
-            found = product((met_s, column_s))
-            to_k += row * found
-            d_sum += wide(k_row_s) * found
-            found = product((turned(mine_s), q_row_s), (turned(met_s), k_row_s))
-            to_k += column * found
-            d_sum -= wide(column_s) * found
-        write(to_q, q_s, dq.at[b, span, h, some])
-        write(to_k, k_s, dk.at[b, span, h, some])
-        for part in range(2):
-            parts_s.at[part][...] = d_sum.astype(low)
-            d_sum -= d_sum.astype(low).astype(jnp.float32)
-        plgpu.commit_smem()
-        total = product(*((weights(lambda i, t: t >= i, low), parts_s.at[part]) for part in range(2)))
-        dg.at[b, span, h, some][...] = total + stack(at_exit, C)
-        plgpu.wait_smem_to_gmem(0)
-
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    tiles = lambda count: plgpu.SMEM((count, C, C), low, transforms=TILED)
-    found = plgpu.kernel(
-        body,
-        out_type=(like(tokens.q), like(tokens.k), like(tokens.v), like(tokens.g), like(rows.beta)),
-        scratch_types=[tile(C, C, low), tile(C, C, low), *(tiles(V // C) for _ in range(5)), tile(C, C, low), tiles(2)]
-        + [plgpu.Barrier(num_arrivals=3 + 5 * (V // C))],
-        grid=(K // C, H, N * B),
-        grid_names=("c", "h", "nb"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(
-        *(tokens.q, tokens.k, tokens.g, rows.beta, chunks.keep, entries, p, exits, dp, do, chunks.solve),
-        *_documents(rows),
+    whole, rest = divmod(N, GROUP)
+    found = [some(N - rest, rest)] if rest else []
+    if whole:
+        groups = lax.map(lambda first: some(first, GROUP), jnp.arange(whole) * GROUP)
+        by_head = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)
+        by_token = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+        found.insert(0, Gradients(*map(by_token, groups[:4]), by_head(groups.beta)))
+    joined = (
+        jnp.concatenate(parts, axis) for parts, axis in zip(zip(*found, strict=True), (1,) * 4 + (2,), strict=True)
     )
-    return Gradients(*found)
+    return Gradients(*joined)

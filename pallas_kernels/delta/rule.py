@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ class Gradients(NamedTuple):
     beta: Array
 
 
+@runtime_checkable
 class Steps(Protocol):
     """The module `twin`, or a `gpu.Kernels`."""
 
@@ -116,7 +117,7 @@ def _forward(steps: Steps, tokens: Tokens, rows: Rows, s0: Array) -> tuple[tuple
 
 
 def _backward(steps: Steps, saved: tuple[Tokens, Rows, Array], cotangents: tuple[Array, Array]) -> tuple:
-    """The tokens are all that is kept: the chunks and their states come again, then a pass against the order of time."""
+    """The tokens are all that is kept: chunks and states come again, then a pass against the order of time."""
     (tokens, rows, s0), (do, ds) = saved, cotangents
     chunks = steps.intra(tokens, rows)
     entries, p, _ = steps.states(chunks, s0)

@@ -1,8 +1,8 @@
 """The kernels' steps in plain jax.numpy: the same tiles, the same order, the same roundings.
 
-Each function is the twin of the kernel of its name in `gpu`. Arrays are `[B H N C ...]`, chunks of C tokens; states and
-what the kernels hand on are transposed where the kernels have them so. Matrices are rounded to the inputs' type where the
-kernels feed them to a matrix instruction; sums are float32.
+Each function is the twin of the kernel of its name in `gpu`. Arrays are `[B H N C ...]`, chunks of C tokens; what the
+kernels hand on is transposed where they have it so. Matrices are rounded to the inputs' type where the kernels feed
+them to a matrix instruction; sums are float32.
 """
 
 from __future__ import annotations
