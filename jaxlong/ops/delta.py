@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,10 @@ from jaxtyping import Bool, Float
 
 from jaxlong.ops.attend import Backend
 from jaxlong.ops.chunks import Documents, all_scores, corner, cumulated, decay_matrix, join, power_of_two, split
-from jaxlong.parallel.manual import vary_alike
+from jaxlong.parallel.manual import auto_mesh, vary_alike
 from jaxlong.parallel.prefix import Chain, dense, final, prefix
 from jaxlong.parallel.rows import over_spans, spread
+from pallas_kernels import delta as kernels
 
 GROUP = 8
 """Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""
@@ -55,8 +57,7 @@ def delta_rule(
         o, of v's type, and the float32 state after the last token.
     """
     decay = jnp.zeros_like(beta) if log_decay is None else log_decay
-    decay = decay if decay.ndim == 4 else decay[..., None]
-    return _rows(_delta_step, _delta_chunks, (q, k, v, decay, beta[..., None]), s0, resets, chunk, backend)
+    return _rows(functools.partial(_first, chunk), (q, k, v, decay, beta), s0, resets, backend)
 
 
 def generalized_delta_rule(
@@ -81,7 +82,60 @@ def generalized_delta_rule(
     times a rate). The other arguments and the results are those of `delta_rule`; four kinds of scores instead of
     two make chunks of half the size quickest.
     """
-    return _rows(_generalized_step, _generalized_chunks, (r, k, v, log_decay, a, b), s0, resets, chunk, backend)
+    run = functools.partial(_run, _generalized_step, _generalized_chunks, chunk)
+    return _rows(run, (r, k, v, log_decay, a, b), s0, resets, backend)
+
+
+def hopper(
+    chunk: int, tokens: tuple[Array, ...], s0: Array | None, resets: Array | None
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """`delta_rule` by the Pallas kernels, whose chunks have 64 tokens.
+
+    Raises:
+        NotImplementedError: the kernels do not take these arguments on this machine; it says why.
+    """
+    mesh = auto_mesh()
+    if mesh is not None and mesh.size > 1:
+        raise NotImplementedError(f"the program is one over {mesh.size} devices, not inside shard_map")
+    q, k, v, decay, beta = tokens
+    if q.shape[1] == 1:
+        raise NotImplementedError("one token is one step")
+    return kernels.delta_rule(q, k, v, decay, beta, s0=s0, resets=resets)
+
+
+def chunks(
+    chunk: int, tokens: tuple[Array, ...], s0: Array | None, resets: Array | None
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """`delta_rule` in plain matrix products, on any device."""
+    q, k, v, decay, beta = tokens
+    decay = decay if decay.ndim == 4 else decay[..., None]
+    return _run(_delta_step, _delta_chunks, chunk, (q, k, v, decay, beta[..., None]), s0, resets)
+
+
+KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"hopper": hopper, "chunks": chunks}
+"""Implementations of the delta rule in the order in which they are tried; NotImplementedError: the next one."""
+
+_log = logging.getLogger(__name__)
+
+
+def _first(
+    chunk: int, tokens: tuple[Array, ...], s0: Array | None, resets: Array | None
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """By the first implementation that takes them."""
+    reasons = []
+    for name, run in KERNELS.items():
+        try:
+            return run(chunk, tokens, s0, resets)
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+            _note(reasons[-1])
+    raise NotImplementedError(f"no implementation takes these arguments; {'; '.join(reasons)}")
+
+
+@functools.cache
+def _note(reason: str) -> None:
+    """Logs why an implementation gave way, once."""
+    _log.info("%s", reason)
 
 
 class _Chunks(NamedTuple):
@@ -101,16 +155,13 @@ class _Chunks(NamedTuple):
 
 
 def _rows(
-    step: Callable[..., tuple[Array, Array]],
-    local: Callable[..., _Chunks],
+    run: Callable[..., tuple[Array, Array]],
     tokens: tuple[Array, ...],
     s0: Array | None,
     resets: Array | None,
-    chunk: int,
     backend: Backend,
 ) -> tuple[Array, Array]:
     """A rule over rows: whole ones, or those that lie in spans on several devices."""
-    run = functools.partial(_run, step, local, chunk)
     if s0 is not None or not spread(tokens[0].shape[1], backend.layout):
         return run(tokens, s0, resets)
     return over_spans(functools.partial(_on_spans, run), (tokens, resets), None, layout=backend.layout)

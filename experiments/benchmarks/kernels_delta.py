@@ -1,0 +1,128 @@
+"""The delta rule's kernels beside the plain form and flash-linear-attention, in one process."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.timing import amortised, write
+
+HEADS, DIM = 16, 128
+CHECKED = 2048
+"""Length at which results are compared with the rule itself, a token at a time in float32."""
+
+
+def run(out: Path, repeats: int, lengths: Sequence[int] = (32768, 131072)) -> str:
+    """Measure KDA at batch 1, write kernels_delta.json and kernels_delta.md after every length, return the table."""
+    rows: list[dict] = []
+    text = ""
+    for length in lengths:
+        rows += measure(length, repeats)
+        text = table(rows)
+        write(out, "kernels_delta", {"rows": rows}, text)
+    return text
+
+
+def measure(length: int, repeats: int) -> list[dict]:
+    """A row for each implementation and direction: milliseconds and error, or why there are none."""
+    import jax
+
+    arguments, checked = inputs(length), inputs(min(length, CHECKED))
+    rows, programs = [], {}
+    for who, (run, gradients) in rivals().items():
+        for direction, program, args in (("forward", run, 5), ("gradients", gradients, 6)):
+            row = {"length": length, "who": who, "direction": direction}
+            rows.append(row)
+            try:
+                row["error"] = error(program(*checked[:args]), direction, checked)
+                programs[who, direction] = partial(program, *arguments[:args])
+                jax.block_until_ready(programs[who, direction]())
+            except Exception as failure:  # one may fail in any way, and the table says how
+                programs.pop((who, direction), None)
+                row["failed"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:80]}"
+    times = amortised(programs, repeats)
+    return [row | {"ms": times.get((row["who"], row["direction"]))} for row in rows]
+
+
+def inputs(length: int) -> tuple:
+    """q, k, v in bfloat16, log decays of a channel and beta in float32, and the gradient of o."""
+    import jax
+    import jax.numpy as jnp
+
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), (1, length, HEADS, *shape))
+    unit = lambda x: (x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(jnp.bfloat16)
+    low = lambda x: x.astype(jnp.bfloat16)
+    g, beta = -0.3 * jax.nn.softplus(draw(3, DIM)), jax.nn.sigmoid(draw(4))
+    return unit(draw(0, DIM)) * DIM**-0.5, unit(draw(1, DIM)), low(draw(2, DIM)), g, beta, low(draw(5, DIM))
+
+
+def rivals() -> dict[str, tuple[Callable, Callable]]:
+    """name -> (inputs to o, inputs and the gradient of o to all gradients)."""
+    from jaxlong.ops.delta import KERNELS
+
+    found = {name: _jax(lambda *xs, run=run: run(64, xs, None, None)[0]) for name, run in KERNELS.items()}
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("fla"):
+        found["flash-linear-attention"] = _fla()
+    return found
+
+
+def _jax(rule: Callable) -> tuple[Callable, Callable]:
+    import jax
+
+    gradients = lambda *xs: jax.vjp(rule, *xs[:5])[1](xs[5].astype(xs[2].dtype))
+    return jax.jit(rule), jax.jit(gradients)
+
+
+def _fla() -> tuple[Callable, Callable]:
+    """Arrays are handed over without copies; its gradients hold their forward pass, so that is part of their time."""
+    import torch
+    from fla.ops.kda import chunk_kda
+
+    class Ready:
+        """Results that `jax.block_until_ready` waits for."""
+
+        def __init__(self, *arrays):
+            self.arrays = arrays
+
+        def block_until_ready(self):
+            torch.cuda.synchronize()
+            return self
+
+    def forward(*xs):
+        with torch.no_grad():
+            return Ready(chunk_kda(*map(torch.from_dlpack, xs), scale=1.0)[0])
+
+    def gradients(*xs):
+        *leaves, do = (torch.from_dlpack(x).clone().requires_grad_(i < 5) for i, x in enumerate(xs))
+        return Ready(*torch.autograd.grad(chunk_kda(*leaves, scale=1.0)[0], leaves, do))
+
+    return forward, gradients
+
+
+def error(found: Any, direction: str, inputs: tuple) -> float:
+    """The largest error of a result, as a fraction of its norm, against the rule itself in float32."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pallas_kernels.delta.ref import reference
+
+    wide = [x.astype(jnp.float32) for x in inputs]
+    rule, gradients = _jax(lambda *xs: reference(*xs)[0])
+    wanted = [rule(*wide[:5])] if direction == "forward" else gradients(*wide)
+    arrays = getattr(found, "arrays", found if isinstance(found, tuple) else (found,))
+    here = [np.asarray(jnp.from_dlpack(x) if not isinstance(x, jax.Array) else x, np.float64) for x in arrays]
+    off = lambda x, y: float(np.linalg.norm(x - np.float64(y)) / np.linalg.norm(np.float64(y)))
+    return max(off(x, y) for x, y in zip(here, wanted, strict=True))
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Markdown, a line for each implementation, length and direction."""
+    lines = ["| length | direction | by | ms | error |", "|---:|---|---|---:|---:|"]
+    for row in rows:
+        figures = row.get("failed") or f"{row['ms']:.3f} | {row['error']:.1e}"
+        lines.append(f"| {row['length']} | {row['direction']} | {row['who']} | {figures} |")
+    return "\n".join(lines) + "\n"

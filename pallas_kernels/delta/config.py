@@ -1,0 +1,49 @@
+"""What may be tuned in the kernels of the delta rule, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax.experimental import pallas as pl
+
+from pallas_kernels.delta.chunk import CHUNK
+
+
+@dataclass(frozen=True)
+class Config:
+    """No result depends on it beyond rounding.
+
+    Args:
+        stages: chunks that the passes over states hold in shared memory.
+        terms: 16-bit parts of a log decay in sums; one keeps 8 bits of it, two 16.
+    """
+
+    stages: int = 3
+    terms: int = 2
+
+    @classmethod
+    def of(cls, key_dim: int, value_dim: int) -> Config:
+        """The quickest on an H200, where stages make no difference from two on."""
+        return cls()
+
+
+def search_space() -> tuple[Config, ...]:
+    """What a tuner tries; all of one precision."""
+    return tuple(Config(stages=stages) for stages in (2, 3, 4))
+
+
+def cost(
+    batch: int, length: int, heads: int, key_dim: int, value_dim: int, *, backward: bool = False
+) -> pl.CostEstimate:
+    """What the rule itself takes: chunked arithmetic, and each input read and each output written once, 16 bits wide.
+
+    A chunk of C tokens with keys of K and values of V: scores of queries and of keys, the inverse, its products with
+    keys and values, two products with the state and two for the outputs. A backward pass takes about twice as much.
+    """
+    tokens = batch * length * heads
+    flops = 2 * tokens * (2 * CHUNK * key_dim + CHUNK**2 + CHUNK * (key_dim + 2 * value_dim) + 3 * key_dim * value_dim)
+    moved = tokens * (2 * (2 * key_dim + 2 * value_dim) + 4 * key_dim + 4)
+    times = 3 if backward else 1
+    return pl.CostEstimate(
+        flops=times * flops, transcendentals=times * 7 * tokens * key_dim, bytes_accessed=times * moved
+    )
