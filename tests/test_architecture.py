@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "jaxlong.run": ("jaxlong",),
     "jaxlong": ("jaxlong",),
     "configs": ("jaxlong", "configs"),
-    "experiments": ("jaxlong", "configs", "experiments"),
+    "experiments": ("jaxlong", "pallas_kernels", "configs", "experiments"),
 }
 # third-party packages that only some parts may import at the top of a module
 ONLY_IN = {

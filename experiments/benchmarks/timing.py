@@ -73,30 +73,6 @@ def amortised(programs: Mapping[Any, Callable[[], Any]], repeats: int, seconds: 
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
-def amortised(programs: Mapping[Any, Callable[[], Any]], repeats: int, seconds: float = 0.05) -> dict[Any, float]:
-    """Milliseconds of each program on a device that runs behind its host: `seconds` of launches at a time, in turns.
-
-    The median of `repeats` turns; one more of each goes first.
-    """
-    import jax
-
-    launches = {}
-    for name, run in programs.items():
-        jax.block_until_ready(run())
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        launches[name] = max(3, round(seconds / (time.perf_counter() - start)))
-    times: dict[Any, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats + 1):
-        for name, run in programs.items():
-            start = time.perf_counter()
-            for _ in range(launches[name]):
-                last = run()
-            jax.block_until_ready(last)
-            times[name].append(1000 * (time.perf_counter() - start) / launches[name])
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
-
-
 def temporary(compiled: Any) -> float:
     """MiB of a compiled program's temporary buffers at once."""
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
