@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.kernels.test_delta import begins, by_twin, draw, off, values_and_gradients
+from test_delta_kernels import begins, by_twin, draw, off, values_and_gradients
 
 from pallas_kernels import delta
 from pallas_kernels.delta.ref import reference
