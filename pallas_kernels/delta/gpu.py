@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class Kernels:
         return gradients(tokens, rows, chunks, entries, p, exits, dp, do)
 
 
-def tile(rows: int, columns: int, dtype: jnp.dtype) -> plgpu.SMEM:
+def tile(rows: int, columns: int, dtype: jnp.dtype) -> Any:
     """Shared memory as matrix instructions read it."""
     return plgpu.SMEM((rows, columns), dtype, transforms=TILED)
 

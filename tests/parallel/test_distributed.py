@@ -30,7 +30,7 @@ MODEL = LM(
 )
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sequence", "mesh"),
     [

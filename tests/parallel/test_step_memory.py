@@ -67,6 +67,7 @@ def same(got, want, tolerance=2e-6):
 # The menu ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_policy_changes_no_value():
     same(gradients(MODEL.clone(remat="names(mixer_out, attend_lse)+offload(block_in, attend_out)")), gradients(MODEL))
 

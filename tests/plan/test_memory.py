@@ -91,6 +91,7 @@ def test_what_remat_keeps():
     assert (away.tokens, away.host) == (full - inputs, inputs)
 
 
+@pytest.mark.slow
 def test_the_peak_is_near_the_compilers():
     """On this machine's compiler, which keeps what the formula counts and little else."""
     model = TINY.model.clone(remat="full", mlp_block=64, depth=8)

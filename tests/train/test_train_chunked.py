@@ -165,6 +165,7 @@ def bias(of_draw, sampling, selections, weights):
     return (square(away) / square(exact)) ** 0.5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rate", [0.5, 0.25])
 def test_bernoulli_is_unbiased(of_draw, rate):
     weights = [rate ** int(s.sum()) * (1 - rate) ** int((~s).sum()) for s in SELECTIONS]
