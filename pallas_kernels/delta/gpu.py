@@ -60,7 +60,7 @@ class Kernels:
         return gradients(tokens, rows, chunks, entries, p, exits, dp, do)
 
 
-def tile(rows: int, columns: int, dtype: jnp.dtype) -> Any:
+def tile(rows: int, columns: int, dtype: Any) -> Any:
     """Shared memory as matrix instructions read it."""
     return plgpu.SMEM((rows, columns), dtype, transforms=TILED)
 
