@@ -79,8 +79,9 @@ def spread(name: str, layout: str, devices: int):
     order = lambda a: None if a is None else permute(a, layout, devices)
     x, weights, where = rows(devices)
     where = {kind: tuple(map(order, given)) for kind, given in where.items()}
+    params = params_of(name)  # on one device: not under a mesh, which would hold them
     with jax.set_mesh(mesh_of(devices)):
-        y, losses, (d_params, d_x) = run(name, layout, params_of(name), order(x), order(weights), where)
+        y, losses, (d_params, d_x) = run(name, layout, params, order(x), order(weights), where)
     back = lambda a: restore(a, layout, devices)
     return jax.tree.map(back, y), losses, (d_params, back(d_x))
 
