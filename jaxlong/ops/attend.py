@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,12 +189,12 @@ class Local:
     soft_cap: float | None
 
     def __call__(self, q: Array, k: Array, v: Array, meta: Meta) -> tuple[Array, Array]:
-        return self._first(q, k, v, lambda name: KERNELS[name](q, k, v, **self._options(meta)))
+        return self._first(q, k, lambda name: KERNELS[name](q, k, v, **self._options(meta)))
 
     def partial(self, q: Array, k: Array, v: Array, meta: Meta) -> tuple[Array, Array]:
         """The same with `out` in float32, to be merged with others."""
         dtype = accumulator(v.dtype)
-        return self._first(q, k, v, lambda name: KERNELS[name](q, k, v, **self._options(meta), dtype=dtype))
+        return self._first(q, k, lambda name: KERNELS[name](q, k, v, **self._options(meta), dtype=dtype))
 
     def backward(
         self, q: Array, k: Array, v: Array, meta: Meta, out: Array, lse: Array, dout: Array, dlse: Array
@@ -209,22 +209,15 @@ class Local:
                 return recomputed(alone, q, k, v, meta, out, lse, dout, dlse)
             return Gradients(*BACKWARDS[name](q, k, v, out, lse, dout, dlse, **options))
 
-        return self._first(q, k, v, run)
+        return self._first(q, k, run)
 
     def _options(self, meta: Meta) -> dict[str, Any]:
         of_meta = meta._asdict()
         del of_meta["weights"]
         return {"mask": self.mask, "scale": self.scale, "soft_cap": self.soft_cap} | of_meta
 
-    def _first(self, q: Array, k: Array, v: Array, run: Callable[[str], Any]) -> Any:
-        reasons = []
-        for name in _order(self.kernel, q.shape[1] * k.shape[1]):
-            try:
-                return run(name)
-            except NotImplementedError as error:
-                reasons.append(f"{name}: {error}")
-                _note(reasons[-1])
-        raise NotImplementedError(f"no implementation takes these arguments; {'; '.join(reasons)}")
+    def _first(self, q: Array, k: Array, run: Callable[[str], Any]) -> Any:
+        return first_taken(_order(self.kernel, q.shape[1] * k.shape[1]), run)
 
 
 def over_mesh(
@@ -243,6 +236,22 @@ def _order(kernel: str | tuple[str, ...], scores: int) -> tuple[str, ...]:
         names = ("dense", "blockwise") if scores <= DENSE_SCORES else ("flash", "blockwise", "dense")
         return tuple(name for name in names if name in KERNELS)
     return (kernel,) if isinstance(kernel, str) else kernel
+
+
+def first_taken(names: Iterable[str], run: Callable[[str], Any]) -> Any:
+    """`run(name)` of the first implementation that takes its arguments; why others do not is logged, once.
+
+    Raises:
+        NotImplementedError: none does. One that does not raises the same, with its reason.
+    """
+    reasons = []
+    for name in names:
+        try:
+            return run(name)
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+            _note(reasons[-1])
+    raise NotImplementedError(f"no implementation takes these arguments; {'; '.join(reasons)}")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxlong.ops.attend import Backend
+from jaxlong.ops.attend import Backend, first_taken
 from jaxlong.ops.chunks import Documents, all_scores, corner, cumulated, decay_matrix, join, power_of_two, split
 from jaxlong.parallel.manual import auto_mesh, vary_alike
 from jaxlong.parallel.prefix import Chain, dense, final, prefix
@@ -57,7 +56,8 @@ def delta_rule(
         o, of v's type, and the float32 state after the last token.
     """
     decay = jnp.zeros_like(beta) if log_decay is None else log_decay
-    return _rows(functools.partial(_first, chunk), (q, k, v, decay, beta), s0, resets, backend)
+    run = lambda *arrays: first_taken(KERNELS, lambda name: KERNELS[name](chunk, *arrays))
+    return _rows(run, (q, k, v, decay, beta), s0, resets, backend)
 
 
 def generalized_delta_rule(
@@ -114,28 +114,6 @@ def chunks(
 
 KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"hopper": hopper, "chunks": chunks}
 """Implementations of the delta rule in the order in which they are tried; NotImplementedError: the next one."""
-
-_log = logging.getLogger(__name__)
-
-
-def _first(
-    chunk: int, tokens: tuple[Array, ...], s0: Array | None, resets: Array | None
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """By the first implementation that takes them."""
-    reasons = []
-    for name, run in KERNELS.items():
-        try:
-            return run(chunk, tokens, s0, resets)
-        except NotImplementedError as error:
-            reasons.append(f"{name}: {error}")
-            _note(reasons[-1])
-    raise NotImplementedError(f"no implementation takes these arguments; {'; '.join(reasons)}")
-
-
-@functools.cache
-def _note(reason: str) -> None:
-    """Logs why an implementation gave way, once."""
-    _log.info("%s", reason)
 
 
 class _Chunks(NamedTuple):
