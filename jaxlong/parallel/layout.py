@@ -12,6 +12,8 @@ Attention asks no layout: masks see positions, which move with their tokens. Zig
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +36,9 @@ def parts(layout: str, devices: int) -> int:
     return 2 * devices if layout == "zigzag" else devices
 
 
+@functools.lru_cache(maxsize=8)  # asked for every array of every batch
 def order(layout: str, length: int, devices: int) -> Int[np.ndarray, "T"]:
-    """`order[i]` is the place in the text of the token at place i of the row.
+    """`order[i]` is the place in the text of the token at place i of the row; not to be written.
 
     Raises:
         BadInput: there is no such layout, or the length does not divide into its parts.
@@ -45,11 +48,12 @@ def order(layout: str, length: int, devices: int) -> Int[np.ndarray, "T"]:
         near = max(count, round(length / count) * count)
         raise BadInput("length", length, f"does not divide into the {count} parts of {layout}", f"nearest: {near}")
     places = np.arange(length, dtype=np.int32)
-    if layout == "contiguous" or devices == 1:
-        return places
     if layout == "striped":
-        return places.reshape(-1, devices).T.reshape(-1)
-    return places.reshape(count, -1)[spans(devices)].reshape(-1)
+        places = places.reshape(-1, devices).T.reshape(-1)
+    elif layout == "zigzag":
+        places = places.reshape(count, -1)[spans(devices)].reshape(-1)
+    places.flags.writeable = False
+    return places
 
 
 def spans(devices: int) -> Int[np.ndarray, "n"]:
