@@ -6,14 +6,11 @@ where `refusal` returns None.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import hopper
 from pallas_kernels.delta.config import Config
-
-OLDEST_JAX = (0, 11, 2)
-"""The first release whose Mosaic GPU has all that the kernels use."""
 
 DIMS = ((64, 64), (64, 128), (128, 128))
 """Dims of keys and values that are taken."""
@@ -27,12 +24,7 @@ def refusal(q: Array, k: Array, v: Array, log_decay: Array, beta: Array) -> str 
         return f"dims {k.shape[-1]} and {v.shape[-1]} of keys and values, not one of {DIMS}"
     if not q.size or not v.size:
         return "nothing to do"
-    if jax.__version_info__ < OLDEST_JAX:
-        return f"jax {jax.__version__} is older than {'.'.join(map(str, OLDEST_JAX))}"
-    if jax.default_backend() != "gpu":
-        return f"the default device is no Hopper GPU but {jax.default_backend()}"
-    capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "unknown")
-    return None if capability == "9.0" else f"the GPU has compute capability {capability}, not Hopper's 9.0"
+    return hopper.refusal()
 
 
 def delta_rule(

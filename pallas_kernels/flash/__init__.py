@@ -16,10 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import hopper
 from pallas_kernels.plan import MaskPlan, Predicate, Tokens, mask_plan, tokens
-
-OLDEST_JAX = (0, 11, 2)
-"""The first release whose Mosaic GPU has all that the kernels use."""
 
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 """Dims of keys and values that are taken."""
@@ -63,24 +61,11 @@ def refusal(setting: Setting, inputs: Inputs) -> str | None:
     q, k, v = inputs.q, inputs.k, inputs.v
     if reason := _shapes(setting, inputs):
         return reason
-    if jax.__version_info__ < OLDEST_JAX:
-        return f"jax {jax.__version__} is older than {'.'.join(map(str, OLDEST_JAX))}"
-    if (platform := _platform()) not in ("gpu", "cuda"):
-        return f"the default device is no Hopper GPU but {platform}"
-    capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "unknown")
-    if capability != "9.0":
-        return f"the GPU has compute capability {capability}, not Hopper's 9.0"
+    if reason := hopper.refusal():
+        return reason
     if not q.shape[1] or not k.shape[1] or not v.shape[0]:
         return "nothing to attend"
     return None
-
-
-def _platform() -> str:
-    """Where a program goes that names no device."""
-    chosen = jax.config.jax_default_device
-    if chosen is None:
-        return jax.default_backend()
-    return chosen if isinstance(chosen, str) else chosen.platform
 
 
 def _shapes(setting: Setting, inputs: Inputs) -> str | None:

@@ -11,7 +11,7 @@ from flash_cases import arguments
 from jaxlong.core.mask import bigbird, causal, dilated, fixed, full, longformer, prefix, sinks, sliding, strided
 from jaxlong.ops import Backend, attend
 from jaxlong.ops.dense import dense
-from pallas_kernels import flash
+from pallas_kernels import flash, hopper
 from pallas_kernels.flash import ref, twin
 
 CASES = {
@@ -103,7 +103,7 @@ def test_attend_names_the_refusal():
         attend(x, x, x, mask=causal(), q_positions=positions, k_positions=positions, backend=Backend(kernel="flash"))
 
 
-@pytest.mark.skipif(jax.__version_info__ < flash.OLDEST_JAX, reason="Mosaic GPU of this jax lacks what kernels use")
+@pytest.mark.skipif(jax.__version_info__ < hopper.OLDEST_JAX, reason="Mosaic GPU of this jax lacks what kernels use")
 @pytest.mark.parametrize("sequence", ["ring", "all_gather", "ulysses"])
 @pytest.mark.thorough
 def test_sequence_parallel_gradients_lower_for_cuda(sequence, monkeypatch):
@@ -149,7 +149,7 @@ LOWERED = {
 }
 
 
-@pytest.mark.skipif(jax.__version_info__ < flash.OLDEST_JAX, reason="Mosaic GPU of this jax lacks what kernels use")
+@pytest.mark.skipif(jax.__version_info__ < hopper.OLDEST_JAX, reason="Mosaic GPU of this jax lacks what kernels use")
 @pytest.mark.parametrize("name", LOWERED)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.thorough
