@@ -42,6 +42,7 @@ from experiments.benchmarks.simulated import devices_of
 from jaxlong.config import Experiment, load, validate
 from jaxlong.core.types import BadInput
 from jaxlong.parallel.layout import parts
+from jaxlong.parallel.manual import sequence_devices
 from jaxlong.parallel.mesh import parse_mesh
 from jaxlong.plan import memory, topology
 from jaxlong.plan.cost import KINDS
@@ -200,7 +201,7 @@ def _longest(rows: Rows, point: dict[str, Any], overrides: Sequence[tuple[str, s
     """From a length near it: steps up while it fits, or down until it does, each twice the last; then bisects."""
     fits = lambda length: _row(rows, point | {"length": length}, overrides)["status"] == "ok"
     sizes = parse_mesh(point["mesh"], topology.parse(point["topology"]).devices)
-    unit = BLOCK * parts(point["layout"], sizes["seq"] * sizes["ulysses"])
+    unit = BLOCK * parts(point["layout"], sequence_devices(sizes))
     whole = lambda length: max(unit, round(length / unit) * unit)
     low = high = point["length"]
     step = whole(FLAGS.precision * low)
@@ -218,7 +219,7 @@ def _longest(rows: Rows, point: dict[str, Any], overrides: Sequence[tuple[str, s
 def _by_formula(experiment: Experiment, mesh: str, system: topology.Topology, batch: int) -> int:
     """The length at which `jaxlong.plan.memory` says that a device is full: what a row takes grows with its length."""
     sizes = parse_mesh(mesh, system.devices)
-    unit = BLOCK * parts(FLAGS.layout, sizes["seq"] * sizes["ulysses"])
+    unit = BLOCK * parts(FLAGS.layout, sequence_devices(sizes))
     lengths = (unit, 4 * unit)
     where = {"devices": system.devices, "batch": batch, "kind": system.family.kind}
     peaks = [memory.account(experiment, mesh, length=length, **where).peak for length in lengths]

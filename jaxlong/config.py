@@ -29,7 +29,7 @@ from jaxlong.model import LM, Layer, balanced_layout, distributed, parts
 from jaxlong.ops.attend import SEQUENCES, Backend
 from jaxlong.parallel.layout import LAYOUTS
 from jaxlong.parallel.layout import parts as layout_parts
-from jaxlong.parallel.manual import SEQUENCE
+from jaxlong.parallel.manual import sequence_devices
 from jaxlong.parallel.mesh import parse_mesh
 from jaxlong.train.chunked import GRADIENTS, SAMPLINGS
 from jaxlong.train.grads import Gradient, Whole
@@ -344,7 +344,7 @@ def _check_length(experiment: Experiment, mesh: Mapping[str, int]) -> None:
     for name, allowed in (("sequence", SEQUENCES), ("layout", ("auto", *LAYOUTS))):
         if getattr(experiment, name) not in allowed:
             raise BadInput(name, getattr(experiment, name), "no such value", f"one of {', '.join(allowed)}")
-    length, devices = experiment.data.length, math.prod(mesh[axis] for axis in SEQUENCE)
+    length, devices = experiment.data.length, sequence_devices(mesh)
     layout = resolved(experiment, mesh).layout
     count = layout_parts(layout, devices)
     if length % count:
@@ -370,7 +370,7 @@ def resolved(experiment: Experiment, mesh: Mapping[str, int]) -> Experiment:
     Raises:
         BadInput: no such strategy or layout, or a mixer does not run on it.
     """
-    model, devices = experiment.model, math.prod(mesh[axis] for axis in SEQUENCE)
+    model, devices = experiment.model, sequence_devices(mesh)
     layout, sequence = experiment.layout, experiment.sequence
     gradient = experiment.train.gradient
     if layout == "auto":

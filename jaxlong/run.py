@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from jaxlong.evals.perplexity import save_losses
 from jaxlong.inference import Runner
 from jaxlong.model import LM, init_params, logical_axes
 from jaxlong.parallel.layout import permute
-from jaxlong.parallel.manual import SEQUENCE
+from jaxlong.parallel.manual import sequence_devices
 from jaxlong.parallel.mesh import make_mesh, partition, row_share, shard_batch
 from jaxlong.train.checkpoint import Store, check_workdir, load_params, open_checkpoint, stored_config
 from jaxlong.train.grads import accumulated
@@ -138,8 +137,7 @@ def jitted(step: Step, shardings: TrainState) -> Any:
 
 def laid_out(batch: Batch, layout: str, sizes: Mapping[str, int]) -> Batch:
     """Rows of text in the order of a layout on the sequence axes of a mesh; positions and segments go with them."""
-    devices = math.prod(sizes[axis] for axis in SEQUENCE)
-    return jax.tree.map(lambda rows: permute(rows, layout, devices), batch)
+    return jax.tree.map(lambda rows: permute(rows, layout, sequence_devices(sizes)), batch)
 
 
 def check(experiment: Experiment, workdir: str | Path, params: Any = None) -> dict[str, int]:

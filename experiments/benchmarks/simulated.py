@@ -11,6 +11,7 @@ from jaxlong.config import Experiment, resolved
 from jaxlong.core.types import BadInput, Batch
 from jaxlong.model import LM, Layer
 from jaxlong.parallel.layout import parts
+from jaxlong.parallel.manual import sequence_devices
 from jaxlong.parallel.mesh import parse_mesh
 
 TOKENS = 16
@@ -94,9 +95,9 @@ def compare(experiment: Experiment, mesh: str, length: int) -> dict[str, Any]:
     from jaxlong.train.grads import full, next_token_loss
 
     sizes = parse_mesh(mesh, jax.device_count())
-    sequence = sizes["seq"] * sizes["ulysses"]
-    unit = parts(experiment.layout, sequence)
-    length = max(unit, min(length, TOKENS * sequence) // unit * unit)
+    devices = sequence_devices(sizes)
+    unit = parts(experiment.layout, devices)
+    length = max(unit, min(length, TOKENS * devices) // unit * unit)
     model = resolved(dataclasses.replace(experiment, model=small(experiment.model, sizes)), sizes).model
     grad = jax.jit(full(next_token_loss(model, chunk=8)))
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,11 @@ def auto_mesh() -> AbstractMesh | None:
 def axis_sizes(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[int, ...]:
     """The sizes of mesh axes, 1 for those that the mesh lacks."""
     return tuple(mesh.shape.get(axis, 1) for axis in axes)
+
+
+def sequence_devices(sizes: Mapping[str, int]) -> int:
+    """Devices that share a row, of a mesh with these sizes of axes (`parse_mesh`)."""
+    return math.prod(sizes[axis] for axis in SEQUENCE)
 
 
 def dividing(mesh: AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:

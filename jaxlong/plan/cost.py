@@ -25,9 +25,9 @@ from jaxlong.config import Experiment
 from jaxlong.core.types import BadInput
 from jaxlong.model import LM, init_params
 from jaxlong.parallel import cost
-from jaxlong.parallel.manual import SEQUENCE
+from jaxlong.parallel.manual import SEQUENCE, sequence_devices
 from jaxlong.parallel.mesh import parse_mesh
-from jaxlong.plan.exchange import at, attention_shape, sequence_devices, strategy_of
+from jaxlong.plan.exchange import at, attention_shape, strategy_of
 from jaxlong.run import count_params, flops_per_token
 from jaxlong.train.throughput import peak_flops
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,8 +63,3 @@ def strategy_of(mixer: Any, shape: cost.Shape, sizes: Mapping[str, int], device:
     if name == "usp" and min(ring, inner) == 1:
         return "ring" if inner == 1 else "ulysses"
     return name
-
-
-def sequence_devices(sizes: Mapping[str, int]) -> int:
-    """Devices that share a row."""
-    return math.prod(sizes[axis] for axis in SEQUENCE)

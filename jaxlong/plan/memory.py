@@ -31,9 +31,9 @@ from jaxlong.config import Experiment
 from jaxlong.core.types import Batch
 from jaxlong.model import LM, Layer, init_params
 from jaxlong.parallel import cost
-from jaxlong.parallel.manual import SEQUENCE
+from jaxlong.parallel.manual import SEQUENCE, sequence_devices
 from jaxlong.parallel.mesh import AXES, parse_mesh
-from jaxlong.plan.exchange import at, attention_shape, sequence_devices, strategy_of
+from jaxlong.plan.exchange import at, attention_shape, strategy_of
 from jaxlong.run import count_params, sharded_state
 from jaxlong.train.grads import next_token_loss
 
