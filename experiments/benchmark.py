@@ -14,6 +14,7 @@ programs run fewer times than --repeats, and what is finished is kept: the same 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import flags
@@ -23,8 +24,19 @@ from experiments.benchmarks import attention, kernels, mixers, ring
 from jaxlong.core.types import BadInput
 from jaxlong.train.checkpoint import check_workdir
 
+LONG = [32768, 131072]
+"""Lengths of kernels, in tokens."""
+
+BENCHMARKS: Mapping[str, Callable[[Path, list[int]], str]] = {
+    "attention": lambda out, lengths: attention.run(out, lengths or [4096, 32768], FLAGS.heads, FLAGS.repeats),
+    "kernels": lambda out, lengths: kernels.run(out, lengths or LONG, FLAGS.repeats, FLAGS.peers, FLAGS.cases),
+    "mixers": lambda out, lengths: mixers.run(out, lengths or [4096, 8192, 16384], FLAGS.mixers, FLAGS.repeats),
+    "ring": lambda out, lengths: "\n".join(ring.run(out, length, FLAGS.repeats) for length in lengths or [4096]),
+}
+"""What can be measured: from a folder and lengths, of which there may be none, to the text of the results."""
+
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("what", "attention", "what to measure: attention, kernels, mixers or ring", flag_values=FLAGS)
+flags.DEFINE_enum("what", "attention", list(BENCHMARKS), "what to measure", flag_values=FLAGS)
 flags.DEFINE_list("lengths", [], "sequence lengths in tokens; each benchmark has its own", flag_values=FLAGS)
 flags.DEFINE_integer("heads", 1, "attention: query heads of the timed runs, head dim 64", flag_values=FLAGS)
 flags.DEFINE_list("mixers", [], "mixers: names in the registry; default: all", flag_values=FLAGS)
@@ -35,8 +47,6 @@ flags.DEFINE_string("out", "benchmarks", "folder of the results", flag_values=FL
 
 
 def main(overrides) -> None:
-    if FLAGS.what not in ("attention", "kernels", "mixers", "ring"):
-        raise BadInput("what", FLAGS.what, "no such benchmark", "attention, kernels, mixers, ring")
     if overrides:
         raise BadInput(f"config.{overrides[0][0]}", overrides[0][1], "benchmark takes no overrides", "its flags")
     lengths = _lengths()
@@ -45,18 +55,7 @@ def main(overrides) -> None:
             raise BadInput(name, value, "must be positive", "1 or more")
     out = Path(FLAGS.out)
     check_workdir(out)
-    if FLAGS.what == "attention":
-        text = attention.run(out, lengths or [4096, 32768], FLAGS.heads, FLAGS.repeats)
-    elif FLAGS.what == "kernels":
-        lengths = lengths or [32768, 131072]
-        if unknown := [name for name in FLAGS.cases if name not in kernels.cases(lengths)]:
-            raise BadInput("cases", unknown[0], "no such case", ", ".join(kernels.cases(lengths)))
-        text = kernels.run(out, lengths, FLAGS.repeats, FLAGS.peers, FLAGS.cases)
-    elif FLAGS.what == "ring":
-        text = "\n".join(ring.run(out, length, FLAGS.repeats) for length in lengths or [4096])
-    else:
-        text = mixers.run(out, lengths or [4096, 8192, 16384], FLAGS.mixers, FLAGS.repeats)
-    sys.stdout.write(text)
+    sys.stdout.write(BENCHMARKS[FLAGS.what](out, lengths))
 
 
 def _lengths() -> list[int]:
