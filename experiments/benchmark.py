@@ -4,6 +4,7 @@
     python -m experiments.benchmark --what=mixers --out=benchmarks
     python -m experiments.benchmark --what=ring --repeats=5 --out=benchmarks
     python -m experiments.benchmark --what=kernels --peers --lengths=32768,131072 --repeats=7 --out=benchmarks
+    python -m experiments.benchmark --what=delta --repeats=5 --out=benchmarks
     python -m experiments.benchmark --what=mixers --mixers=gqa,kda --lengths=1024 --repeats=1 --out=/tmp/quick
 
 Times are medians of alternating runs, compilation excluded; memory is what the compiler reports for temporary buffers.
@@ -20,7 +21,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import attention, kernels, mixers, ring
+from experiments.benchmarks import attention, delta, kernels, mixers, ring
 from jaxlong.core.types import BadInput
 from jaxlong.train.checkpoint import check_workdir
 
@@ -29,6 +30,7 @@ LONG = [32768, 131072]
 
 BENCHMARKS: Mapping[str, Callable[[Path, list[int]], str]] = {
     "attention": lambda out, lengths: attention.run(out, lengths or [4096, 32768], FLAGS.heads, FLAGS.repeats),
+    "delta": lambda out, lengths: delta.run(out, lengths or LONG, FLAGS.repeats),
     "kernels": lambda out, lengths: kernels.run(out, lengths or LONG, FLAGS.repeats, FLAGS.peers, FLAGS.cases),
     "mixers": lambda out, lengths: mixers.run(out, lengths or [4096, 8192, 16384], FLAGS.mixers, FLAGS.repeats),
     "ring": lambda out, lengths: "\n".join(ring.run(out, length, FLAGS.repeats) for length in lengths or [4096]),

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from experiments import benchmark, cli, evaluate, extend, generate, pretrain
-from experiments.benchmarks import mixers
+from experiments.benchmarks import delta, mixers
 from experiments.benchmarks.recurrences import rivals
 from jaxlong.mixers import MIXERS
 from jaxlong.train.loop import Diverged
@@ -69,6 +69,28 @@ def test_benchmark(tmp_path, capsys):
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert len(rows) == 6 and all(row["both_ms"] > 0 and row["both_MiB"] > 0 for row in rows)
     assert "blockwise window 1024" in (tmp_path / "attention.md").read_text()
+
+
+def test_benchmark_of_the_delta_rule(tmp_path, capsys, monkeypatch):
+    """Without a GPU it says in one line what it takes; with the check out of the way it measures what runs here."""
+    flags = ("--what=delta", "--lengths=8", "--repeats=1", f"--out={tmp_path}")
+    for flag in benchmark.FLAGS:
+        benchmark.FLAGS[flag].unparse()
+    assert cli.run(benchmark.main, benchmark.FLAGS, ["benchmark", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("what: delta: ") and line.endswith("; a Hopper GPU, jax >= 0.11.2")
+    assert not any(tmp_path.iterdir())
+
+    chunks = delta.rivals()["chunks"]
+    fails = lambda *xs: 1 / 0
+    monkeypatch.setattr(delta.hopper, "refusal", lambda: None)
+    monkeypatch.setattr(delta, "rivals", lambda: {"chunks": chunks, "broken": (fails, fails)})
+    monkeypatch.setattr(delta, "HEADS", 1)
+    monkeypatch.setattr(delta, "DIM", 8)
+    call(benchmark, *flags)
+    rows = json.loads((tmp_path / "delta.json").read_text())["rows"]
+    assert [row["direction"] for row in rows if row["who"] == "chunks" and row["ms"] > 0] == ["forward", "gradients"]
+    assert (tmp_path / "delta.md").read_text().count("ZeroDivisionError: division by zero") == 2
 
 
 def test_benchmark_of_mixers(tmp_path, capsys):
