@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 
@@ -13,6 +14,7 @@ from experiments.benchmarks import delta, mixers
 from experiments.benchmarks.recurrences import rivals
 from jaxlong.mixers import MIXERS
 from jaxlong.train.loop import Diverged
+from pallas_kernels import hopper
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -91,6 +93,23 @@ def test_benchmark_of_the_delta_rule(tmp_path, capsys, monkeypatch):
     rows = json.loads((tmp_path / "delta.json").read_text())["rows"]
     assert [row["direction"] for row in rows if row["who"] == "chunks" and row["ms"] > 0] == ["forward", "gradients"]
     assert (tmp_path / "delta.md").read_text().count("ZeroDivisionError: division by zero") == 2
+
+
+def test_explain_names_what_runs_and_why_others_do_not(capsys):
+    config = ("--config.model.dtype=bfloat16", "--config.model.width=64", "--config.model.pattern.0.head_dim=64")
+    call(benchmark, "--explain", SMALL[0], *config, "--lengths=512")
+    blocks = {}
+    for line in capsys.readouterr().out.splitlines():
+        lines = blocks.setdefault(line, []) if not line.startswith(" ") else lines
+        lines.append(line.strip())
+    older = jax.__version_info__ < hopper.OLDEST_JAX
+    why = "flash: jax" if older else "flash: the default device is no Hopper GPU but cpu"
+    _, taken, reason = blocks["a row of 512 tokens, cpu"]
+    assert taken == "GQA attend: blockwise" and reason.startswith(why)
+    on_gpu = blocks["a row of 512 tokens, gpu NVIDIA H200"][1:]
+    assert on_gpu == (["GQA attend: blockwise", reason] if older else ["GQA attend: flash"])
+    assert blocks["a token after 512, gpu NVIDIA H200"][1:] == ["GQA attend: dense"]
+    assert len(blocks) == 6
 
 
 def test_benchmark_of_mixers(tmp_path, capsys):
