@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from pallas_kernels import machine
@@ -11,6 +13,11 @@ OLDEST_JAX = (0, 11, 2)
 
 NAMES = ("H100", "H200", "GH200")
 """In the names of kinds of devices."""
+
+
+def told(estimate: Any) -> dict[str, Any]:
+    """A `pl.CostEstimate` as `plgpu.kernel` takes it, from jax 0.12 on."""
+    return {"cost_estimate": estimate} if jax.__version_info__ >= (0, 12) else {}
 
 
 def refusal() -> str | None:

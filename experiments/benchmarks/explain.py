@@ -23,8 +23,10 @@ def run(model: LM, lengths: Sequence[int]) -> str:
         for title, tokens, held in ((f"a row of {length} tokens", length, 0), (f"a token after {length}", 1, length)):
             for platform, device in DEVICES.items():
                 lines.append(f"{title}, {platform} {device.device_kind}".removesuffix(" cpu"))
-                for (layer, op, name), reasons in choices(model, tokens, held, device).items():
+                found = choices(model, tokens, held, device)
+                for (layer, op, name), reasons in found.items():
                     lines += [f"  {layer} {op}: {name}", *(f"    {reason}" for reason in reasons)]
+                lines += [] if found else ["  every op has one implementation"]
     return "\n".join(lines) + "\n"
 
 

@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.delta import twin
 from pallas_kernels.delta.chunk import CHUNK, CUTS, LEAST, about_middle, across, between, near
 from pallas_kernels.delta.config import Config
@@ -112,6 +113,12 @@ def write(value: Array, smem, gmem) -> None:
     plgpu.copy_smem_to_gmem(smem, gmem)
 
 
+def told(flops: int, exponentials: int, given: Sequence[Any], found: Sequence[Any]) -> dict[str, pl.CostEstimate]:
+    """What a kernel costs that reads and writes each array once."""
+    moved = sum(x.size * x.dtype.itemsize for x in (*given, *found))
+    return hopper.told(pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=moved))
+
+
 def outputs(chunks: Chunks, entries: Array, p: Array) -> Array:
     """Twin: `twin.outputs`."""
     B, H, N, C, K = chunks.read.shape
@@ -127,9 +134,10 @@ def outputs(chunks: Chunks, entries: Array, p: Array) -> Array:
         write(out, o_s, o.at[b, pl.ds(n * C, C), h])
         plgpu.wait_smem_to_gmem(0)
 
+    given, found = (chunks.read, chunks.scores, entries, p), jax.ShapeDtypeStruct((B, N * C, H, V), low)
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((B, N * C, H, V), low),
+        out_type=found,
         scratch_types=[
             tile(C, K, low),
             tile(C, C, low),
@@ -140,7 +148,8 @@ def outputs(chunks: Chunks, entries: Array, p: Array) -> Array:
         ],
         grid=(H, N, B),
         grid_names=("h", "n", "b"),
-    )(chunks.read, chunks.scores, entries, p)
+        **told(2 * B * H * N * C * V * (K + C), 0, given, [found]),
+    )(*given)
 
 
 def states(chunks: Chunks, s0: Array, config: Config) -> tuple[Array, Array, Array]:
@@ -154,7 +163,7 @@ def states(chunks: Chunks, s0: Array, config: Config) -> tuple[Array, Array, Arr
 
     u = Part(chunks.u, (VALUES, CHUNK), lambda u, b, h, n, rows: u.at[b, h, n, rows])
     parts = (Part.of(chunks.w), u, Part.of(chunks.write), Part.of(chunks.keep))
-    return through(step, parts, s0, lambda step: step, config)
+    return through(step, parts, s0, lambda step: step, 2 * CHUNK * chunks.w.shape[4], config)
 
 
 def reverse(chunks: Chunks, do: Array, ds: Array, config: Config) -> tuple[Array, Array, Array]:
@@ -170,7 +179,7 @@ def reverse(chunks: Chunks, do: Array, ds: Array, config: Config) -> tuple[Array
 
     do = Part(do, (CHUNK, VALUES), lambda do, b, h, n, rows: do.at[b, pl.ds(n * CHUNK, CHUNK), h, rows])
     parts = (*map(Part.of, (chunks.w, chunks.scores, chunks.read, chunks.write, chunks.keep)), do)
-    return through(step, parts, ds, lambda step: N - 1 - step, config)
+    return through(step, parts, ds, lambda step: N - 1 - step, CHUNK * (3 * chunks.w.shape[4] + CHUNK), config)
 
 
 class Part(NamedTuple):
@@ -187,7 +196,12 @@ class Part(NamedTuple):
 
 
 def through(
-    step: Callable[..., Array], parts: Sequence[Part], start: Array, order: Callable[[Any], Any], config: Config
+    step: Callable[..., Array],
+    parts: Sequence[Part],
+    start: Array,
+    order: Callable[[Any], Any],
+    products: int,
+    config: Config,
 ) -> tuple[Array, Array, Array]:
     """Carries states through the chunks, VALUES rows a program; the parts of `stages` chunks are in shared memory.
 
@@ -196,6 +210,7 @@ def through(
             `keep_state()` and `keep_wrote(x)` with what it wrote, `[VALUES C]`, while products run.
         start: [B H V K].
         order: the chunk of a step.
+        products: of numbers, for a row of a state in a step.
 
     Returns:
         The states that steps found [B H N V K], what they wrote [B H N V C], and the last state [B H V K].
@@ -233,9 +248,10 @@ def through(
 
     ring = lambda shape, dtype: plgpu.SMEM((stages, *shape), dtype, transforms=TILED if len(shape) == 2 else ())
     out = lambda columns: jax.ShapeDtypeStruct((B, H, N, V, columns), low)
+    given, found = (*(part.array for part in parts), start), (out(K), out(CHUNK), start)
     return plgpu.kernel(
         body,
-        out_type=(out(K), out(CHUNK), jax.ShapeDtypeStruct((B, H, V, K), jnp.float32)),
+        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in found),
         scratch_types=[
             *(ring(part.shape, part.array.dtype) for part in parts),
             tile(VALUES, K, low),
@@ -244,7 +260,8 @@ def through(
         ],
         grid=(V // VALUES, H, B),
         grid_names=("v", "h", "b"),
-    )(*(part.array for part in parts), start)
+        **told(2 * B * H * N * V * products, 0, given, found),
+    )(*given)
 
 
 def weights(select: Callable[[Array, Array], Array], dtype: jnp.dtype) -> Array:
@@ -336,10 +353,13 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
 
     out = lambda *shape, dtype=low: jax.ShapeDtypeStruct((B, H, N, *shape), dtype)
     tiles = lambda *counts: plgpu.SMEM((*counts, C, C), low, transforms=TILED)
-    most = max(K, V) // C
+    most, cuts = max(K, V) // C, 1 + len(CUTS)
+    given = (*tokens, rows.beta, *_documents(rows))
+    made = (out(C, K), out(V, C), out(C, C), out(C, K), out(C, K), out(K, dtype=jnp.float32), out(C, C))
+    products = (config.terms * (cuts + 2) + 2 * cuts + 1) * C * C * K + C * C * V + 2 * (int(math.log2(C)) - 1) * C**3
     found = plgpu.kernel(
         body,
-        out_type=(out(C, K), out(V, C), out(C, C), out(C, K), out(C, K), out(K, dtype=jnp.float32), out(C, C)),
+        out_type=made,
         scratch_types=[
             tiles(K // C),
             tiles(K // C),
@@ -354,7 +374,8 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
         grid=(H, N, B),
         grid_names=("h", "n", "b"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*tokens, rows.beta, *_documents(rows))
+        **told(2 * B * H * N * products, B * H * N * (cuts + 3) * C * K, given, made),
+    )(*given)
     return Chunks(*found)
 
 

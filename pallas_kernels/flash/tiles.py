@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.plan import EMPTY, Predicate
 from pallas_kernels.predicate import on_tile
 
@@ -120,7 +120,6 @@ def launch(
             plgpu.set_max_registers(24, action="decrease")
             kernel.memory()
 
-    told = {"cost_estimate": most} if jax.__version_info__ >= (0, 12) else {}  # nothing takes it before
     found = plgpu.kernel(
         body,
         out_type=tuple(out.values()),
@@ -131,7 +130,7 @@ def launch(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name=name,
-        **told,
+        **hopper.told(most),
     )(*operands.values())
     return dict(zip(out, found, strict=True))
 

@@ -158,6 +158,17 @@ def lowered(run, *inputs):
     return jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="kernels for GPUs tell their cost from jax 0.12 on")
+def test_kernels_tell_what_they_cost():
+    """Products of outputs, for two heads of three chunks: queries with states, scores with what was written."""
+    from pallas_kernels.delta.gpu import Kernels
+
+    *inputs, _ = draw(130, dims=(64, 128), dtype=jnp.bfloat16)
+    text = str(jax.make_jaxpr(lambda *x: rule.chunked(Kernels(Config()), *x))(*inputs))
+    *_, flops = map(int, re.findall(r"CostEstimate\(flops=(\d+)", text))
+    assert flops == 2 * 2 * 3 * 64 * 128 * (64 + 64)
+
+
 @needs_mosaic
 @pytest.mark.thorough
 @pytest.mark.parametrize("direction", ["forward", "backward"])
