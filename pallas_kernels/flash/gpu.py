@@ -77,12 +77,6 @@ class Config:
             return Config(block_k=64, stages=3)
         return Config(stages=3) if C == 64 else Config()
 
-    @staticmethod
-    def space(C: int, V: int) -> list[Config]:
-        """What a search should try; those that outgrow shared memory raise NotImplementedError."""
-        ring = [(block_k, stages) for block_k in (64, 128) for stages in (2, 3, 4)]
-        return [Config(block_k=b, stages=s, heads_together=h) for b, s in ring for h in (4, 8, 16)]
-
 
 def forward(
     spec: Spec,
