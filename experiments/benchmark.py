@@ -4,27 +4,49 @@
     python -m experiments.benchmark --what=mixers --out=benchmarks
     python -m experiments.benchmark --what=ring --repeats=5 --out=benchmarks
     python -m experiments.benchmark --what=kernels --peers --lengths=32768,131072 --repeats=7 --out=benchmarks
+    python -m experiments.benchmark --what=delta --repeats=5 --out=benchmarks
     python -m experiments.benchmark --what=mixers --mixers=gqa,kda --lengths=1024 --repeats=1 --out=/tmp/quick
+
+    python -m experiments.benchmark --explain --config=configs/kimi_linear_48b.py --lengths=131072
 
 Times are medians of alternating runs, compilation excluded; memory is what the compiler reports for temporary buffers.
 Figures are ratios first: times of another machine differ. Writes <what>.json and <what>.md. Of the mixers, slow
 programs run fewer times than --repeats, and what is finished is kept: the same command goes on where it stopped.
+
+With --explain nothing runs: it says which implementation of each op the model of an experiment takes, on a CPU, a GPU
+and a TPU, one device, and why it does not take those that it asks before.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import attention, kernels, mixers, ring
+from experiments.benchmarks import attention, delta, explain, kernels, mixers, ring
+from jaxlong.config import load
 from jaxlong.core.types import BadInput
 from jaxlong.train.checkpoint import check_workdir
 
+LONG = [32768, 131072]
+"""Lengths of kernels, in tokens."""
+
+BENCHMARKS: Mapping[str, Callable[[Path, list[int]], str]] = {
+    "attention": lambda out, lengths: attention.run(out, lengths or [4096, 32768], FLAGS.heads, FLAGS.repeats),
+    "delta": lambda out, lengths: delta.run(out, lengths or LONG, FLAGS.repeats),
+    "kernels": lambda out, lengths: kernels.run(out, lengths or LONG, FLAGS.repeats, FLAGS.peers, FLAGS.cases),
+    "mixers": lambda out, lengths: mixers.run(out, lengths or [4096, 8192, 16384], FLAGS.mixers, FLAGS.repeats),
+    "ring": lambda out, lengths: "\n".join(ring.run(out, length, FLAGS.repeats) for length in lengths or [4096]),
+}
+"""What can be measured: from a folder and lengths, of which there may be none, to the text of the results."""
+
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("what", "attention", "what to measure: attention, kernels, mixers or ring", flag_values=FLAGS)
+flags.DEFINE_enum("what", "attention", list(BENCHMARKS), "what to measure", flag_values=FLAGS)
+flags.DEFINE_bool("explain", False, "which implementations --config takes, and why not others", flag_values=FLAGS)
+flags.DEFINE_string("config", None, "of --explain; --config.path.to.field=value", flag_values=FLAGS)
 flags.DEFINE_list("lengths", [], "sequence lengths in tokens; each benchmark has its own", flag_values=FLAGS)
 flags.DEFINE_integer("heads", 1, "attention: query heads of the timed runs, head dim 64", flag_values=FLAGS)
 flags.DEFINE_list("mixers", [], "mixers: names in the registry; default: all", flag_values=FLAGS)
@@ -35,28 +57,20 @@ flags.DEFINE_string("out", "benchmarks", "folder of the results", flag_values=FL
 
 
 def main(overrides) -> None:
-    if FLAGS.what not in ("attention", "kernels", "mixers", "ring"):
-        raise BadInput("what", FLAGS.what, "no such benchmark", "attention, kernels, mixers, ring")
-    if overrides:
+    if overrides and not FLAGS.explain:
         raise BadInput(f"config.{overrides[0][0]}", overrides[0][1], "benchmark takes no overrides", "its flags")
     lengths = _lengths()
     for name, value in (("lengths", min(lengths, default=1)), ("heads", FLAGS.heads), ("repeats", FLAGS.repeats)):
         if value < 1:
             raise BadInput(name, value, "must be positive", "1 or more")
+    if FLAGS.explain:
+        experiment = load(cli.required(FLAGS, "config", "--config=configs/llama3_8b.py"))
+        experiment = cli.apply_overrides(experiment, None, overrides)
+        sys.stdout.write(explain.run(experiment.model, lengths or [experiment.data.length]))
+        return
     out = Path(FLAGS.out)
     check_workdir(out)
-    if FLAGS.what == "attention":
-        text = attention.run(out, lengths or [4096, 32768], FLAGS.heads, FLAGS.repeats)
-    elif FLAGS.what == "kernels":
-        lengths = lengths or [32768, 131072]
-        if unknown := [name for name in FLAGS.cases if name not in kernels.cases(lengths)]:
-            raise BadInput("cases", unknown[0], "no such case", ", ".join(kernels.cases(lengths)))
-        text = kernels.run(out, lengths, FLAGS.repeats, FLAGS.peers, FLAGS.cases)
-    elif FLAGS.what == "ring":
-        text = "\n".join(ring.run(out, length, FLAGS.repeats) for length in lengths or [4096])
-    else:
-        text = mixers.run(out, lengths or [4096, 8192, 16384], FLAGS.mixers, FLAGS.repeats)
-    sys.stdout.write(text)
+    sys.stdout.write(BENCHMARKS[FLAGS.what](out, lengths))
 
 
 def _lengths() -> list[int]:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+
+from pallas_kernels import machine
 
 OLDEST_JAX = (0, 11, 2)
 """The first release whose Mosaic GPU has all that the kernels use."""
+
+NAMES = ("H100", "H200", "GH200")
+"""In the names of kinds of devices."""
+
+
+def told(estimate: Any) -> dict[str, Any]:
+    """A `pl.CostEstimate` as `plgpu.kernel` takes it, from jax 0.12 on."""
+    return {"cost_estimate": estimate} if jax.__version_info__ >= (0, 12) else {}
 
 
 def refusal() -> str | None:
     """Why this machine and release of JAX do not run the kernels; None if they do."""
     if jax.__version_info__ < OLDEST_JAX:
         return f"jax {jax.__version__} is older than {'.'.join(map(str, OLDEST_JAX))}"
-    if (platform := _platform()) not in ("gpu", "cuda"):
+    if (platform := machine.platform()) not in ("gpu", "cuda"):
         return f"the default device is no Hopper GPU but {platform}"
+    if any(name in machine.kind() for name in NAMES):  # of devices that are only described, the name is all there is
+        return None
     capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "unknown")
     return None if capability == "9.0" else f"the GPU has compute capability {capability}, not Hopper's 9.0"
-
-
-def _platform() -> str:
-    """Where a program goes that names no device."""
-    chosen = jax.config.jax_default_device
-    if chosen is None:
-        return jax.default_backend()
-    return chosen if isinstance(chosen, str) else chosen.platform

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 
 from experiments import benchmark, cli, evaluate, extend, generate, pretrain
-from experiments.benchmarks import mixers
+from experiments.benchmarks import delta, mixers
 from experiments.benchmarks.recurrences import rivals
 from jaxlong.mixers import MIXERS
 from jaxlong.train.loop import Diverged
+from pallas_kernels import hopper
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -69,6 +71,45 @@ def test_benchmark(tmp_path, capsys):
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert len(rows) == 6 and all(row["both_ms"] > 0 and row["both_MiB"] > 0 for row in rows)
     assert "blockwise window 1024" in (tmp_path / "attention.md").read_text()
+
+
+def test_benchmark_of_the_delta_rule(tmp_path, capsys, monkeypatch):
+    """Without a GPU it says in one line what it takes; with the check out of the way it measures what runs here."""
+    flags = ("--what=delta", "--lengths=8", "--repeats=1", f"--out={tmp_path}")
+    for flag in benchmark.FLAGS:
+        benchmark.FLAGS[flag].unparse()
+    assert cli.run(benchmark.main, benchmark.FLAGS, ["benchmark", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("what: delta: ") and line.endswith("; a Hopper GPU, jax >= 0.11.2")
+    assert not any(tmp_path.iterdir())
+
+    chunks = delta.rivals()["chunks"]
+    fails = lambda *xs: 1 / 0
+    monkeypatch.setattr(delta.hopper, "refusal", lambda: None)
+    monkeypatch.setattr(delta, "rivals", lambda: {"chunks": chunks, "broken": (fails, fails)})
+    monkeypatch.setattr(delta, "HEADS", 1)
+    monkeypatch.setattr(delta, "DIM", 8)
+    call(benchmark, *flags)
+    rows = json.loads((tmp_path / "delta.json").read_text())["rows"]
+    assert [row["direction"] for row in rows if row["who"] == "chunks" and row["ms"] > 0] == ["forward", "gradients"]
+    assert (tmp_path / "delta.md").read_text().count("ZeroDivisionError: division by zero") == 2
+
+
+def test_explain_names_what_runs_and_why_others_do_not(capsys):
+    config = ("--config.model.dtype=bfloat16", "--config.model.width=64", "--config.model.pattern.0.head_dim=64")
+    call(benchmark, "--explain", SMALL[0], *config, "--lengths=512")
+    blocks = {}
+    for line in capsys.readouterr().out.splitlines():
+        lines = blocks.setdefault(line, []) if not line.startswith(" ") else lines
+        lines.append(line.strip())
+    older = jax.__version_info__ < hopper.OLDEST_JAX
+    why = "flash: jax" if older else "flash: the default device is no Hopper GPU but cpu"
+    _, taken, reason = blocks["a row of 512 tokens, cpu"]
+    assert taken == "GQA attend: blockwise" and reason.startswith(why)
+    on_gpu = blocks["a row of 512 tokens, gpu NVIDIA H200"][1:]
+    assert on_gpu == (["GQA attend: blockwise", reason] if older else ["GQA attend: flash"])
+    assert blocks["a token after 512, gpu NVIDIA H200"][1:] == ["GQA attend: dense"]
+    assert len(blocks) == 6
 
 
 def test_benchmark_of_mixers(tmp_path, capsys):

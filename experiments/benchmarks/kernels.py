@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.timing import amortised, write
+from jaxlong.core.types import BadInput
 
 DOCUMENTS = 50
 """Documents of a packed row."""
@@ -53,7 +54,13 @@ def cases(lengths: Sequence[int]) -> dict[str, Case]:
 
 
 def run(out: Path, lengths: Sequence[int], repeats: int, peers: bool, only: Sequence[str] = ()) -> str:
-    """Measure, write kernels.json and kernels.md after every case, and return the table."""
+    """Measure, write kernels.json and kernels.md after every case, and return the table.
+
+    Raises:
+        BadInput: a name in `only` that no case has.
+    """
+    if unknown := [name for name in only if name not in cases(lengths)]:
+        raise BadInput("cases", unknown[0], "no such case", ", ".join(cases(lengths)))
     rows: list[dict] = []
     text = ""
     for name, case in cases(lengths).items():

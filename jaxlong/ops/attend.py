@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,7 +219,7 @@ class Local:
         return {"mask": self.mask, "scale": self.scale, "soft_cap": self.soft_cap} | of_meta
 
     def _first(self, q: Array, k: Array, run: Callable[[str], Any]) -> Any:
-        return first_taken(_order(self.kernel, q.shape[1] * k.shape[1]), run)
+        return first_taken("attend", _order(self.kernel, q.shape[1] * k.shape[1]), run)
 
 
 def over_mesh(
@@ -238,20 +240,36 @@ def _order(kernel: str | tuple[str, ...], scores: int) -> tuple[str, ...]:
     return (kernel,) if isinstance(kernel, str) else kernel
 
 
-def first_taken(names: Iterable[str], run: Callable[[str], Any]) -> Any:
-    """`run(name)` of the first implementation that takes its arguments; why others do not is logged, once.
+def first_taken(op: str, names: Iterable[str], run: Callable[[str], Any]) -> Any:
+    """`run(name)` of the first implementation of an op that takes its arguments; why others do not is logged, once.
 
     Raises:
         NotImplementedError: none does. One that does not raises the same, with its reason.
     """
-    reasons = []
+    reasons: list[str] = []
     for name in names:
         try:
-            return run(name)
+            found = run(name)
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
             _note(reasons[-1])
+        else:
+            _told.get()(op, name, tuple(reasons))
+            return found
     raise NotImplementedError(f"no implementation takes these arguments; {'; '.join(reasons)}")
+
+
+_told: ContextVar[Callable[[str, str, tuple[str, ...]], None]] = ContextVar("told", default=lambda *choice: None)
+
+
+@contextlib.contextmanager
+def telling(tell: Callable[[str, str, tuple[str, ...]], None]) -> Iterator[None]:
+    """Calls `tell(op, name, reasons)` of whatever `first_taken` takes within, and why those before it refused."""
+    token = _told.set(tell)
+    try:
+        yield
+    finally:
+        _told.reset(token)
 
 
 @functools.cache

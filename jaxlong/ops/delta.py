@@ -56,7 +56,7 @@ def delta_rule(
         o, of v's type, and the float32 state after the last token.
     """
     decay = jnp.zeros_like(beta) if log_decay is None else log_decay
-    run = lambda *arrays: first_taken(KERNELS, lambda name: KERNELS[name](chunk, *arrays))
+    run = lambda *arrays: first_taken("delta_rule", KERNELS, lambda name: KERNELS[name](chunk, *arrays))
     return _rows(run, (q, k, v, decay, beta), s0, resets, backend)
 
 

@@ -27,11 +27,6 @@ class Config:
         return cls()
 
 
-def search_space() -> tuple[Config, ...]:
-    """What a tuner tries; all of one precision."""
-    return tuple(Config(stages=stages) for stages in (2, 3, 4))
-
-
 def cost(
     batch: int, length: int, heads: int, key_dim: int, value_dim: int, *, backward: bool = False
 ) -> pl.CostEstimate:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.delta import twin
 from pallas_kernels.delta.chunk import CHUNK, CUTS, LEAST, about_middle, across, between, near
 from pallas_kernels.delta.config import Config
@@ -112,6 +113,12 @@ def write(value: Array, smem, gmem) -> None:
     plgpu.copy_smem_to_gmem(smem, gmem)
 
 
+def told(flops: int, exponentials: int, given: Sequence[Any], found: Sequence[Any]) -> dict[str, pl.CostEstimate]:
+    """What a kernel costs that reads and writes each array once."""
+    moved = sum(x.size * x.dtype.itemsize for x in (*given, *found))
+    return hopper.told(pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=moved))
+
+
 def outputs(chunks: Chunks, entries: Array, p: Array) -> Array:
     """Twin: `twin.outputs`."""
     B, H, N, C, K = chunks.read.shape
@@ -127,9 +134,10 @@ def outputs(chunks: Chunks, entries: Array, p: Array) -> Array:
         write(out, o_s, o.at[b, pl.ds(n * C, C), h])
         plgpu.wait_smem_to_gmem(0)
 
+    given, found = (chunks.read, chunks.scores, entries, p), jax.ShapeDtypeStruct((B, N * C, H, V), low)
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((B, N * C, H, V), low),
+        out_type=found,
         scratch_types=[
             tile(C, K, low),
             tile(C, C, low),
@@ -140,123 +148,120 @@ def outputs(chunks: Chunks, entries: Array, p: Array) -> Array:
         ],
         grid=(H, N, B),
         grid_names=("h", "n", "b"),
-    )(chunks.read, chunks.scores, entries, p)
+        **told(2 * B * H * N * C * V * (K + C), 0, given, [found]),
+    )(*given)
 
 
 def states(chunks: Chunks, s0: Array, config: Config) -> tuple[Array, Array, Array]:
     """Twin: `twin.states`."""
-    B, H, N, C, K = chunks.w.shape
-    V, low = chunks.u.shape[3], chunks.w.dtype
-    stages = min(config.stages, N)
+    low = chunks.w.dtype
 
-    def body(w, u, write_, keep, s0, entries, p, last, w_s, u_s, write_s, keep_s, entry_s, p_s, loaded):
-        v, h, b = (lax.axis_index(name) for name in ("v", "h", "b"))
-        rows = pl.ds(v * VALUES, VALUES)
+    def step(s, entry, keep_entry, keep_wrote, w, u, write_, keep):
+        wrote = product((entry, w.transpose((1, 0))), start=load(u).astype(jnp.float32), during=keep_entry).astype(low)
+        kept = s * stack(load(keep, COLUMNS), VALUES)
+        return product((wrote, write_), start=kept, during=lambda: keep_wrote(wrote))
 
-        def fetch(n):
-            slot = lax.rem(n, stages)
-            plgpu.copy_gmem_to_smem(w.at[b, h, n], w_s.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(u.at[b, h, n, rows], u_s.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(write_.at[b, h, n], write_s.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(keep.at[b, h, n], keep_s.at[slot], loaded.at[slot])
-
-        for n in range(stages):
-            fetch(jnp.int32(n))
-
-        def step(n, s):
-            slot = lax.rem(n, stages)
-            plgpu.barrier_wait(loaded.at[slot])
-            entry = s.astype(low)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            keep_entry = lambda: write(entry, entry_s, entries.at[b, h, n, rows])
-            wrote = load(u_s.at[slot]).astype(jnp.float32)
-            wrote = product((entry, w_s.at[slot].transpose((1, 0))), start=wrote, during=keep_entry).astype(low)
-            kept = s * stack(load(keep_s.at[slot], COLUMNS), VALUES)
-            keep_wrote = lambda: write(wrote, p_s, p.at[b, h, n, rows])
-            s = product((wrote, write_s.at[slot]), start=kept, during=keep_wrote)
-            pl.when(n + stages < N)(lambda: fetch(n + stages))
-            return s
-
-        s = lax.fori_loop(0, N, step, load(s0.at[b, h, rows]))
-        last.at[b, h, rows][...] = s
-        plgpu.wait_smem_to_gmem(0)
-
-    ring = lambda *shape: plgpu.SMEM((stages, *shape), low, transforms=TILED)
-    out = lambda *shape: jax.ShapeDtypeStruct((B, H, N, V, *shape), low)
-    return plgpu.kernel(
-        body,
-        out_type=(out(K), out(C), jax.ShapeDtypeStruct((B, H, V, K), jnp.float32)),
-        scratch_types=[
-            ring(C, K),
-            ring(VALUES, C),
-            ring(C, K),
-            plgpu.SMEM((stages, K), jnp.float32),
-            tile(VALUES, K, low),
-            tile(VALUES, C, low),
-            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-        ],
-        grid=(V // VALUES, H, B),
-        grid_names=("v", "h", "b"),
-    )(chunks.w, chunks.u, chunks.write, chunks.keep, s0)
+    u = Part(chunks.u, (VALUES, CHUNK), lambda u, b, h, n, rows: u.at[b, h, n, rows])
+    parts = (Part.of(chunks.w), u, Part.of(chunks.write), Part.of(chunks.keep))
+    return through(step, parts, s0, lambda step: step, 2 * CHUNK * chunks.w.shape[4], config)
 
 
 def reverse(chunks: Chunks, do: Array, ds: Array, config: Config) -> tuple[Array, Array, Array]:
     """Twin: `twin.reverse`."""
-    B, H, N, C, K = chunks.w.shape
-    V, low = do.shape[-1], chunks.w.dtype
-    stages = min(config.stages, N)
+    low, N = chunks.w.dtype, chunks.w.shape[2]
 
-    def body(w, scores, read, write_, keep, do, ds, exits, dp, first, *scratch):
-        w_s, scores_s, read_s, write_s, keep_s, do_s, exit_s, dp_s, loaded = scratch
+    def step(ds, leaving, keep_leaving, keep_wrote, w, scores, read, write_, keep, do):
+        do = do.transpose((1, 0))
+        by_state = (leaving, write_.transpose((1, 0)))
+        wrote = product(by_state, (do, scores), during=keep_leaving).astype(low)
+        kept = ds * stack(load(keep, COLUMNS), VALUES)
+        return product((wrote, w), (do, read), start=kept, during=lambda: keep_wrote(wrote))
+
+    do = Part(do, (CHUNK, VALUES), lambda do, b, h, n, rows: do.at[b, pl.ds(n * CHUNK, CHUNK), h, rows])
+    parts = (*map(Part.of, (chunks.w, chunks.scores, chunks.read, chunks.write, chunks.keep)), do)
+    return through(step, parts, ds, lambda step: N - 1 - step, CHUNK * (3 * chunks.w.shape[4] + CHUNK), config)
+
+
+class Part(NamedTuple):
+    """What a step takes of an array: its shape, and `place(array, b, h, n, rows)`, for these rows of a state."""
+
+    array: Array
+    shape: tuple[int, ...]
+    place: Callable[..., Any]
+
+    @classmethod
+    def of(cls, array: Array) -> Part:
+        """All that an array `[B H N ...]` has of a chunk."""
+        return cls(array, array.shape[3:], lambda array, b, h, n, rows: array.at[b, h, n])
+
+
+def through(
+    step: Callable[..., Array],
+    parts: Sequence[Part],
+    start: Array,
+    order: Callable[[Any], Any],
+    products: int,
+    config: Config,
+) -> tuple[Array, Array, Array]:
+    """Carries states through the chunks, VALUES rows a program; the parts of `stages` chunks are in shared memory.
+
+    Args:
+        step: `f(state, the same in 16 bits, keep_state, keep_wrote, *parts)` to the state after it. It calls
+            `keep_state()` and `keep_wrote(x)` with what it wrote, `[VALUES C]`, while products run.
+        start: [B H V K].
+        order: the chunk of a step.
+        products: of numbers, for a row of a state in a step.
+
+    Returns:
+        The states that steps found [B H N V K], what they wrote [B H N V C], and the last state [B H V K].
+    """
+    (B, H, V, K), N, low = start.shape, parts[0].array.shape[2], parts[0].array.dtype
+    stages, count = min(config.stages, N), len(parts)
+
+    def body(*refs):
+        given, (start, found, wrote, last), refs = refs[:count], refs[count : count + 4], refs[count + 4 :]
+        given_s, (found_s, wrote_s, loaded) = refs[:count], refs[count:]
         v, h, b = (lax.axis_index(name) for name in ("v", "h", "b"))
         rows = pl.ds(v * VALUES, VALUES)
 
-        def fetch(step):
-            slot, n = lax.rem(step, stages), N - 1 - step
-            for gmem, smem in ((w, w_s), (scores, scores_s), (read, read_s), (write_, write_s), (keep, keep_s)):
-                plgpu.copy_gmem_to_smem(gmem.at[b, h, n], smem.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(do.at[b, pl.ds(n * C, C), h, rows], do_s.at[slot], loaded.at[slot])
+        def fetch(i):
+            slot, n = lax.rem(i, stages), order(i)
+            for part, gmem, smem in zip(parts, given, given_s, strict=True):
+                plgpu.copy_gmem_to_smem(part.place(gmem, b, h, n, rows), smem.at[slot], loaded.at[slot])
 
-        for step in range(stages):
-            fetch(jnp.int32(step))
+        for i in range(stages):
+            fetch(jnp.int32(i))
 
-        def back(step, ds):
-            slot, n = lax.rem(step, stages), N - 1 - step
+        def one(i, s):
+            slot, n = lax.rem(i, stages), order(i)
             plgpu.barrier_wait(loaded.at[slot])
-            leaving = ds.astype(low)
+            state = s.astype(low)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            keep_leaving = lambda: write(leaving, exit_s, exits.at[b, h, n, rows])
-            back_do = do_s.at[slot].transpose((1, 0))
-            by_state = (leaving, write_s.at[slot].transpose((1, 0)))
-            wrote = product(by_state, (back_do, scores_s.at[slot]), during=keep_leaving).astype(low)
-            kept = ds * stack(load(keep_s.at[slot], COLUMNS), VALUES)
-            keep_wrote = lambda: write(wrote, dp_s, dp.at[b, h, n, rows])
-            ds = product((wrote, w_s.at[slot]), (back_do, read_s.at[slot]), start=kept, during=keep_wrote)
-            pl.when(step + stages < N)(lambda: fetch(step + stages))
-            return ds
+            keep_state = lambda: write(state, found_s, found.at[b, h, n, rows])
+            keep_wrote = lambda x: write(x, wrote_s, wrote.at[b, h, n, rows])
+            s = step(s, state, keep_state, keep_wrote, *(smem.at[slot] for smem in given_s))
+            pl.when(i + stages < N)(lambda: fetch(i + stages))
+            return s
 
-        first.at[b, h, rows][...] = lax.fori_loop(0, N, back, load(ds.at[b, h, rows]))
+        last.at[b, h, rows][...] = lax.fori_loop(0, N, one, load(start.at[b, h, rows]))
         plgpu.wait_smem_to_gmem(0)
 
-    ring = lambda *shape: plgpu.SMEM((stages, *shape), low, transforms=TILED)
-    out = lambda *shape: jax.ShapeDtypeStruct((B, H, N, V, *shape), low)
+    ring = lambda shape, dtype: plgpu.SMEM((stages, *shape), dtype, transforms=TILED if len(shape) == 2 else ())
+    out = lambda columns: jax.ShapeDtypeStruct((B, H, N, V, columns), low)
+    given, found = (*(part.array for part in parts), start), (out(K), out(CHUNK), start)
     return plgpu.kernel(
         body,
-        out_type=(out(K), out(C), jax.ShapeDtypeStruct((B, H, V, K), jnp.float32)),
+        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in found),
         scratch_types=[
-            ring(C, K),
-            ring(C, C),
-            ring(C, K),
-            ring(C, K),
-            plgpu.SMEM((stages, K), jnp.float32),
-            ring(C, VALUES),
+            *(ring(part.shape, part.array.dtype) for part in parts),
             tile(VALUES, K, low),
-            tile(VALUES, C, low),
-            plgpu.Barrier(num_arrivals=6, num_barriers=stages),
+            tile(VALUES, CHUNK, low),
+            plgpu.Barrier(num_arrivals=count, num_barriers=stages),
         ],
         grid=(V // VALUES, H, B),
         grid_names=("v", "h", "b"),
-    )(chunks.w, chunks.scores, chunks.read, chunks.write, chunks.keep, do, ds)
+        **told(2 * B * H * N * V * products, 0, given, found),
+    )(*given)
 
 
 def weights(select: Callable[[Array, Array], Array], dtype: jnp.dtype) -> Array:
@@ -348,10 +353,13 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
 
     out = lambda *shape, dtype=low: jax.ShapeDtypeStruct((B, H, N, *shape), dtype)
     tiles = lambda *counts: plgpu.SMEM((*counts, C, C), low, transforms=TILED)
-    most = max(K, V) // C
+    most, cuts = max(K, V) // C, 1 + len(CUTS)
+    given = (*tokens, rows.beta, *_documents(rows))
+    made = (out(C, K), out(V, C), out(C, C), out(C, K), out(C, K), out(K, dtype=jnp.float32), out(C, C))
+    products = (config.terms * (cuts + 2) + 2 * cuts + 1) * C * C * K + C * C * V + 2 * (int(math.log2(C)) - 1) * C**3
     found = plgpu.kernel(
         body,
-        out_type=(out(C, K), out(V, C), out(C, C), out(C, K), out(C, K), out(K, dtype=jnp.float32), out(C, C)),
+        out_type=made,
         scratch_types=[
             tiles(K // C),
             tiles(K // C),
@@ -366,7 +374,8 @@ def intra(tokens: Tokens, rows: Rows, config: Config) -> Chunks:
         grid=(H, N, B),
         grid_names=("h", "n", "b"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*tokens, rows.beta, *_documents(rows))
+        **told(2 * B * H * N * products, B * H * N * (cuts + 3) * C * K, given, made),
+    )(*given)
     return Chunks(*found)
 
 

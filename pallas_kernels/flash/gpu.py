@@ -12,8 +12,8 @@ starts the next is 8 to 25 % slower than one that alternates between heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,14 +28,13 @@ from pallas_kernels.flash.tiles import (
     COMPUTE,
     LOG2E,
     ROWS,
+    Kernel,
     Place,
-    Sizes,
     Spec,
     along,
     cook,
     cost,
     distance,
-    divide,
     held,
     launch,
     load,
@@ -46,8 +45,6 @@ from pallas_kernels.flash.tiles import (
     tiled,
     vector,
     visible,
-    wait_when,
-    walk,
     write,
     zeros,
 )
@@ -79,12 +76,6 @@ class Config:
         if C == 192 and segments:
             return Config(block_k=64, stages=3)
         return Config(stages=3) if C == 64 else Config()
-
-    @staticmethod
-    def space(C: int, V: int) -> list[Config]:
-        """What a search should try; those that outgrow shared memory raise NotImplementedError."""
-        ring = [(block_k, stages) for block_k in (64, 128) for stages in (2, 3, 4)]
-        return [Config(block_k=b, stages=s, heads_together=h) for b, s in ring for h in (4, 8, 16)]
 
 
 def forward(
@@ -127,56 +118,15 @@ def forward(
         "lse": jax.ShapeDtypeStruct((n.B, n.H, n.blocks * c.block_q), jnp.float32),
     }
 
-    def body(at: Mapping[str, Any], here: Mapping[str, Any], warpgroup: Any) -> None:
-        kernel = _Forward(spec, c, n, at, here, warpgroup)
-        divide(warpgroup, kernel.compute, kernel.memory)
-
-    found = launch(body, operands, out, scratch, n, "flash_forward", cost(n, visits.order, c.block_q * c.block_k, 1, 1))
+    most = cost(n, visits.order, c.block_q * c.block_k, 1, 1)
+    found = launch(partial(_Forward, spec, c), operands, out, scratch, n, "flash_forward", most)
     return found["out"], found["lse"]
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """The kernel's body; `at` is global and `here` is shared memory."""
-
-    spec: Spec
-    config: Config
-    n: Sizes
-    at: Mapping[str, Any]
-    here: Mapping[str, Any]
-    warpgroup: Any
-
-    def memory(self) -> None:
-        """Fills the ring in the order in which the compute warpgroups empty it."""
-        c, n, at, here = self.config, self.n, self.at, self.here
-
-        def visit(i: Any, place: Place, steps: Any) -> None:
-            wait_when(i > 0, here["q_free"])
-            rows = pl.ds(place.block * c.block_q, c.block_q)
-            plgpu.copy_gmem_to_smem(at["q"].at[place.row, rows, place.head], here["q"], here["q_ready"])
-            key_head = lax.div(place.head, n.H // n.K)
-            tokens_row = place.row if at["k_positions"].shape[0] > 1 else 0
-
-            @pl.loop(0, place.count)
-            def _(m):
-                step = steps + m
-                slot = lax.rem(step, c.stages)
-                keys = pl.ds(at["order"][place.plan_row, place.block, m] * c.block_k, c.block_k)
-
-                for name in ("k", "v"):
-                    wait_when(step >= c.stages, here[f"{name}_free"].at[slot])
-                    ready = here[f"{name}_ready"].at[slot]
-                    plgpu.copy_gmem_to_smem(at[name].at[place.row, keys, key_head], here[name].at[slot], ready)
-                for name in ("k_positions", "k_segments"):
-                    if name in here:
-                        ready = here["v_ready"].at[slot]
-                        plgpu.copy_gmem_to_smem(at[name].at[tokens_row, keys], here[name].at[slot], ready)
-
-        walk(n, at, lambda place: place.count, visit)
-
-    def compute(self) -> None:
-        walk(self.n, self.at, lambda place: place.count, self.block)
-        plgpu.wait_smem_to_gmem(0)
+class _Forward(Kernel):
+    def tokens(self, place: Place, m: Any) -> Any:
+        block_k = self.config.block_k
+        return pl.ds(self.at["order"][place.plan_row, place.block, m] * block_k, block_k)
 
     def block(self, i: Any, place: Place, steps: Any) -> None:
         """64 queries over the tiles that their block visits."""
@@ -184,9 +134,7 @@ class _Forward:
         shape = (ROWS, c.block_k)
         dtype = at["q"].dtype
         q = here["q"].at[pl.ds(self.warpgroup * ROWS, ROWS)]
-        rows = pl.ds(place.block * c.block_q + self.warpgroup * ROWS, ROWS)
-        tokens_row = place.row if at["q_positions"].shape[0] > 1 else 0
-        queries = held(lambda name: load(at[name].at[tokens_row, rows], BY_ROW), "q", at)
+        rows, queries = self.own(place)
         head = at["heads"][place.head]
         slope = at["slopes"][place.head] if spec.slopes else None
         sinks = "sinks" in at

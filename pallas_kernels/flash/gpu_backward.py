@@ -8,8 +8,9 @@ heads they serve.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,14 +24,13 @@ from pallas_kernels.flash.tiles import (
     BY_ROW,
     COMPUTE,
     ROWS,
+    Kernel,
     Place,
-    Sizes,
     Spec,
     along,
     cook,
     cost,
     distance,
-    divide,
     held,
     launch,
     load,
@@ -41,8 +41,6 @@ from pallas_kernels.flash.tiles import (
     tiled,
     vector,
     visible,
-    wait_when,
-    walk,
     write,
     zeros,
 )
@@ -114,6 +112,13 @@ def _dscores(weights: Any, dweights: Any, delta: Any) -> Any:
     return weights * (dweights - delta)
 
 
+def _part(order: Any, place: Place, m: Any, block: int, tile: int) -> Any:
+    """The tokens of part m of the blocks that are visited, each in tiles."""
+    parts = block // tile
+    first = order[place.plan_row, place.block, lax.div(m, parts)] * block
+    return pl.ds(first + lax.rem(m, parts) * tile, tile)
+
+
 # ---------------------------------------------------------------------------------------------- queries
 
 
@@ -143,23 +148,13 @@ def _queries(spec: Spec, c: BackwardConfig, operands: dict[str, Array], dtype: A
     if spec.slopes:
         out["dslopes"] = jax.ShapeDtypeStruct(operands["lse"].shape, jnp.float32)
 
-    def body(at: Mapping[str, Any], here: Mapping[str, Any], warpgroup: Any) -> None:
-        kernel = _Queries(spec, c, n, at, here, warpgroup)
-        divide(warpgroup, kernel.compute, kernel.memory)
-
     most = cost(n, operands["order"], c.block_q * c.block_k, 2, 1)
-    found = launch(body, operands, out, scratch, n, "flash_dq", most)
+    found = launch(partial(_Queries, spec, c), operands, out, scratch, n, "flash_dq", most)
     return found["dq"], found.get("dslopes")
 
 
-@dataclass(frozen=True)
-class _Queries:
-    spec: Spec
-    config: BackwardConfig
-    n: Sizes
-    at: Mapping[str, Any]
-    here: Mapping[str, Any]
-    warpgroup: Any
+class _Queries(Kernel):
+    stay = ("q", "dout")
 
     @property
     def parts(self) -> int:
@@ -169,37 +164,8 @@ class _Queries:
     def steps(self, place: Place) -> Any:
         return place.count * self.parts
 
-    def memory(self) -> None:
-        c, n, at, here = self.config, self.n, self.at, self.here
-
-        def visit(i: Any, place: Place, steps: Any) -> None:
-            wait_when(i > 0, here["q_free"])
-            rows = pl.ds(place.block * c.block_q, c.block_q)
-            for name in ("q", "dout"):
-                plgpu.copy_gmem_to_smem(at[name].at[place.row, rows, place.head], here[name], here["q_ready"])
-            key_head = lax.div(place.head, n.H // n.K)
-            tokens_row = place.row if at["k_positions"].shape[0] > 1 else 0
-
-            @pl.loop(0, self.steps(place))
-            def _(m):
-                step = steps + m
-                slot = lax.rem(step, c.stages_k)
-                block = at["order"][place.plan_row, place.block, lax.div(m, self.parts)]
-                keys = pl.ds(block * c.block_k + lax.rem(m, self.parts) * c.tile_k, c.tile_k)
-                for name in ("k", "v"):
-                    wait_when(step >= c.stages_k, here[f"{name}_free"].at[slot])
-                    ready = here[f"{name}_ready"].at[slot]
-                    plgpu.copy_gmem_to_smem(at[name].at[place.row, keys, key_head], here[name].at[slot], ready)
-                for name in ("k_positions", "k_segments"):
-                    if name in here:
-                        ready = here["v_ready"].at[slot]
-                        plgpu.copy_gmem_to_smem(at[name].at[tokens_row, keys], here[name].at[slot], ready)
-
-        walk(n, at, self.steps, visit)
-
-    def compute(self) -> None:
-        walk(self.n, self.at, self.steps, self.block)
-        plgpu.wait_smem_to_gmem(0)
+    def tokens(self, place: Place, m: Any) -> Any:
+        return _part(self.at["order"], place, m, self.config.block_k, self.config.tile_k)
 
     def block(self, i: Any, place: Place, steps: Any) -> None:
         c, n, at, here, spec = self.config, self.n, self.at, self.here, self.spec
@@ -207,9 +173,7 @@ class _Queries:
         dtype = at["q"].dtype
         mine = pl.ds(self.warpgroup * ROWS, ROWS)
         q, dout = here["q"].at[mine], here["dout"].at[mine]
-        rows = pl.ds(place.block * c.block_q + self.warpgroup * ROWS, ROWS)
-        tokens_row = place.row if at["q_positions"].shape[0] > 1 else 0
-        queries = held(lambda name: load(at[name].at[tokens_row, rows], BY_ROW), "q", at)
+        rows, queries = self.own(place)
         lse, delta = (load(at[name].at[place.row, place.head, rows], BY_ROW) for name in ("lse", "delta"))
         head = at["heads"][place.head]
         slope = at["slopes"][place.head] if spec.slopes else None
@@ -323,23 +287,14 @@ def _keys(spec: Spec, c: BackwardConfig, operands: dict[str, Array], dtype: Any)
     scratch = {"staged": staging(scratch, (n.C, n.V), dtype), **scratch, **barriers}
     out = {name: jax.ShapeDtypeStruct(x.shape, dtype) for name, x in (("dk", k), ("dv", v))}
 
-    def body(at: Mapping[str, Any], here: Mapping[str, Any], warpgroup: Any) -> None:
-        kernel = _Keys(spec, c, n, at, here, warpgroup)
-        divide(warpgroup, kernel.compute, kernel.memory)
-
     most = cost(n, operands["order"], c.block_q * c.block_k * (n.H // n.K), 2, 2)
-    found = launch(body, operands, out, scratch, n, "flash_dkv", most)
+    found = launch(partial(_Keys, spec, c), operands, out, scratch, n, "flash_dkv", most)
     return found["dk"], found["dv"]
 
 
-@dataclass(frozen=True)
-class _Keys:
-    spec: Spec
-    config: BackwardConfig
-    n: Sizes
-    at: Mapping[str, Any]
-    here: Mapping[str, Any]
-    warpgroup: Any
+class _Keys(Kernel):
+    stay = ("k", "v")
+    streams = "q"
 
     @property
     def parts(self) -> int:
@@ -363,41 +318,25 @@ class _Keys:
         within = lax.rem(step, each) + jnp.where(behind, place.full * self.parts, 0)
         return place.head * self.group + lax.div(step, each), within
 
-    def memory(self) -> None:
-        c, n, at, here = self.config, self.n, self.at, self.here
+    def tokens(self, place: Place, m: Any) -> Any:
+        return _part(self.at["order"], place, m, self.config.block_q, self.config.tile_q)
 
-        def visit(i: Any, place: Place, steps: Any) -> None:
-            wait_when(i > 0, here["k_free"])
-            rows = pl.ds(place.block * c.block_k, c.block_k)
-            for name in ("k", "v"):
-                plgpu.copy_gmem_to_smem(at[name].at[place.row, rows, place.head], here[name], here["k_ready"])
-            tokens_row = place.row if at["q_positions"].shape[0] > 1 else 0
+    def tiles(self, place: Place) -> Callable[[Any], Any]:
+        at, here = self.at, self.here
+        row = self.tokens_row(place, "q")
 
-            @pl.loop(0, self.steps(place))
-            def _(m):
-                step = steps + m
-                slot = lax.rem(step, c.stages_q)
-                head, within = self.head(place, m)
-                block = at["order"][place.plan_row, place.block, lax.div(within, self.parts)]
-                queries = pl.ds(block * c.block_q + lax.rem(within, self.parts) * c.tile_q, c.tile_q)
-                wait_when(step >= c.stages_q, here["q_free"].at[slot])
+        def tile(m):
+            head, within = self.head(place, m)
+            queries = self.tokens(place, within)
+            yield "q_free", "q_ready", "q", at["q"].at[place.row, queries, head]
+            yield None, "q_ready", "lse", at["lse"].at[place.row, head, queries]
+            for name in ("q_positions", "q_segments"):
+                if name in here:
+                    yield None, "q_ready", name, at[name].at[row, queries]
+            yield None, "dout_ready", "dout", at["dout"].at[place.row, queries, head]
+            yield None, "dout_ready", "delta", at["delta"].at[place.row, head, queries]
 
-                def fetch(name, ref, barrier):
-                    plgpu.copy_gmem_to_smem(ref, here[name].at[slot], here[barrier].at[slot])
-
-                fetch("q", at["q"].at[place.row, queries, head], "q_ready")
-                fetch("lse", at["lse"].at[place.row, head, queries], "q_ready")
-                for name in ("q_positions", "q_segments"):
-                    if name in here:
-                        fetch(name, at[name].at[tokens_row, queries], "q_ready")
-                fetch("dout", at["dout"].at[place.row, queries, head], "dout_ready")
-                fetch("delta", at["delta"].at[place.row, head, queries], "dout_ready")
-
-        walk(n, at, self.steps, visit)
-
-    def compute(self) -> None:
-        walk(self.n, self.at, self.steps, self.block)
-        plgpu.wait_smem_to_gmem(0)
+        return tile
 
     def block(self, i: Any, place: Place, steps: Any) -> None:
         c, n, at, here, spec = self.config, self.n, self.at, self.here, self.spec
@@ -405,9 +344,7 @@ class _Keys:
         dtype = at["q"].dtype
         mine = pl.ds(self.warpgroup * ROWS, ROWS)
         k, v = here["k"].at[mine], here["v"].at[mine]
-        rows = pl.ds(place.block * c.block_k + self.warpgroup * ROWS, ROWS)
-        tokens_row = place.row if at["k_positions"].shape[0] > 1 else 0
-        keys = held(lambda name: load(at[name].at[tokens_row, rows], BY_ROW), "k", at)
+        rows, keys = self.own(place)
         slot_of = lambda m: lax.rem(steps + m, c.stages_q)
 
         def begin(m, scores):

@@ -7,16 +7,17 @@ empty it. Rows are those of the side whose results stay in registers, columns th
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.plan import EMPTY, Predicate
 from pallas_kernels.predicate import on_tile
 
@@ -93,7 +94,7 @@ def cost(n: Sizes, order: Any, pairs: int, of_keys: int, of_values: int) -> pl.C
 
 
 def launch(
-    body: Callable[..., None],
+    make: Callable[..., Kernel],
     operands: Mapping[str, Any],
     out: Mapping[str, Any],
     scratch: Mapping[str, Any],
@@ -101,16 +102,26 @@ def launch(
     name: str,
     most: pl.CostEstimate,
 ) -> dict[str, Any]:
-    """Runs `body(at, here, warpgroup)`: global references by name, those of `out` too, and shared memory by name."""
+    """Runs `make(n, at, here, warpgroup)`: global references by name, those of `out` too, and shared memory by name."""
     names = (*operands, *out)
 
-    def kernel(*refs: Any) -> None:
+    def body(*refs: Any) -> None:
         *given, here = refs
-        body(dict(zip(names, given, strict=True)), here, lax.axis_index("warpgroup"))
+        warpgroup = lax.axis_index("warpgroup")
+        kernel = make(n, dict(zip(names, given, strict=True)), here, warpgroup)
 
-    told = {"cost_estimate": most} if jax.__version_info__ >= (0, 12) else {}  # nothing takes it before
+        @pl.when(warpgroup < COMPUTE)
+        def _():
+            plgpu.set_max_registers(240, action="increase")
+            kernel.compute()
+
+        @pl.when(warpgroup == COMPUTE)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+            kernel.memory()
+
     found = plgpu.kernel(
-        kernel,
+        body,
         out_type=tuple(out.values()),
         scratch_types=(dict(scratch),),
         grid=(n.ctas,),
@@ -119,27 +130,13 @@ def launch(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name=name,
-        **told,
+        **hopper.told(most),
     )(*operands.values())
     return dict(zip(out, found, strict=True))
 
 
 def present(operands: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in operands.items() if x is not None}
-
-
-def divide(warpgroup: Any, compute: Callable[[], None], memory: Callable[[], None]) -> None:
-    """The roles of warpgroups, with the registers of each."""
-
-    @pl.when(warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(240, action="increase")
-        compute()
-
-    @pl.when(warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(24, action="decrease")
-        memory()
 
 
 def wait_when(condition: Any, barrier: Any) -> None:
@@ -227,6 +224,101 @@ def walk(
         return steps + steps_of(place)
 
     lax.fori_loop(0, rounds, one, jnp.int32(0))
+
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+
+@dataclass(frozen=True)
+class Kernel(ABC):
+    """What a CTA does: the operands `stay` are there for an item of the work list, others stream by in tiles.
+
+    `at` is global memory, `here` shared memory and its barriers, by name.
+    """
+
+    spec: Spec
+    config: Any
+    n: Sizes
+    at: Mapping[str, Any]
+    here: Mapping[str, Any]
+    warpgroup: Any
+
+    stay = ("q",)
+    """The first names the barriers of all."""
+    streams = "k"
+    """One that streams by."""
+
+    @property
+    def stages(self) -> int:
+        return self.here[self.streams].shape[0]
+
+    def steps(self, place: Place) -> Any:
+        """Tiles of an item."""
+        return place.count
+
+    def tokens_row(self, place: Place, side: str) -> Any:
+        return place.row if self.at[f"{side}_positions"].shape[0] > 1 else 0
+
+    def own(self, place: Place) -> tuple[Any, Held]:
+        """Which rows of an item are the warpgroup's, and their tokens."""
+        side = self.stay[0]
+        rows = pl.ds(place.block * self.here[side].shape[0] + self.warpgroup * ROWS, ROWS)
+        row = self.tokens_row(place, side)
+        return rows, held(lambda name: load(self.at[name].at[row, rows], BY_ROW), side, self.at)
+
+    def memory(self) -> None:
+        """Fills the ring in the order in which the compute warpgroups empty it."""
+        at, here, side = self.at, self.here, self.stay[0]
+
+        def visit(i: Any, place: Place, steps: Any) -> None:
+            wait_when(i > 0, here[f"{side}_free"])
+            size = here[side].shape[0]
+            rows = pl.ds(place.block * size, size)
+            for name in self.stay:
+                plgpu.copy_gmem_to_smem(at[name].at[place.row, rows, place.head], here[name], here[f"{side}_ready"])
+            tile = self.tiles(place)
+
+            @pl.loop(0, self.steps(place))
+            def _(m):
+                step = steps + m
+                slot = lax.rem(step, self.stages)
+                for free, ready, name, source in tile(m):
+                    if free:
+                        wait_when(step >= self.stages, here[free].at[slot])
+                    plgpu.copy_gmem_to_smem(source, here[name].at[slot], here[ready].at[slot])
+
+        walk(self.n, at, self.steps, visit)
+
+    def compute(self) -> None:
+        walk(self.n, self.at, self.steps, self.block)
+        plgpu.wait_smem_to_gmem(0)
+
+    @abstractmethod
+    def block(self, i: Any, place: Place, steps: Any) -> None:
+        """64 rows of an item, over its tiles."""
+
+    @abstractmethod
+    def tokens(self, place: Place, m: Any) -> Any:
+        """The tokens of part m of the blocks that an item visits."""
+
+    def tiles(self, place: Place) -> Callable[[Any], Any]:
+        """What tile m is copied from: (barrier to wait for or None, barrier to arrive at, name, part of the operand).
+
+        These are keys and values; other kernels say otherwise.
+        """
+        at, here = self.at, self.here
+        key_head = lax.div(place.head, self.n.H // self.n.K)
+        row = self.tokens_row(place, "k")
+
+        def tile(m):
+            keys = self.tokens(place, m)
+            for name in ("k", "v"):
+                yield f"{name}_free", f"{name}_ready", name, at[name].at[place.row, keys, key_head]
+            for name in ("k_positions", "k_segments"):
+                if name in here:
+                    yield None, "v_ready", name, at[name].at[row, keys]
+
+        return tile
 
 
 # ---------------------------------------------------------------------------------------------- values

@@ -9,20 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.timing import amortised, write
+from jaxlong.core.types import BadInput
+from pallas_kernels import hopper
 
 HEADS, DIM = 16, 128
 CHECKED = 2048
 """Length at which results are compared with the rule itself, a token at a time in float32."""
 
 
-def run(out: Path, repeats: int, lengths: Sequence[int] = (32768, 131072)) -> str:
-    """Measure KDA at batch 1, write kernels_delta.json and kernels_delta.md after every length, return the table."""
+def run(out: Path, lengths: Sequence[int], repeats: int) -> str:
+    """Measure KDA at batch 1, write delta.json and delta.md after every length, return the table.
+
+    Raises:
+        BadInput: the kernels do not run on this machine.
+    """
+    if reason := hopper.refusal():
+        raise BadInput("what", "delta", reason, f"a Hopper GPU, jax >= {'.'.join(map(str, hopper.OLDEST_JAX))}")
     rows: list[dict] = []
     text = ""
     for length in lengths:
         rows += measure(length, repeats)
         text = table(rows)
-        write(out, "kernels_delta", {"rows": rows}, text)
+        write(out, "delta", {"rows": rows}, text)
     return text
 
 
@@ -120,9 +128,11 @@ def error(found: Any, direction: str, inputs: tuple) -> float:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Markdown, a line for each implementation, length and direction."""
-    lines = ["| length | direction | by | ms | error |", "|---:|---|---|---:|---:|"]
+    """A line for each implementation, length and direction."""
+    from jaxlong.evals.report import markdown_table
+
+    told = []
     for row in rows:
-        figures = row.get("failed") or f"{row['ms']:.3f} | {row['error']:.1e}"
-        lines.append(f"| {row['length']} | {row['direction']} | {row['who']} | {figures} |")
-    return "\n".join(lines) + "\n"
+        figures = ["", row["failed"]] if "failed" in row else [f"{row['ms']:.3f}", f"{row['error']:.1e}"]
+        told.append([row["who"], row["direction"], row["length"], *figures])
+    return markdown_table(["who", "direction", "length", "ms", "relative error"], told)
