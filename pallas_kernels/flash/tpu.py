@@ -37,7 +37,7 @@ from pallas_kernels.flash.tpu_tiles import (
 from pallas_kernels.plan import Tokens, Visits
 
 SMALL = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
-"""Kinds of devices with 32 MiB of vector memory or less."""
+"""Kinds of devices with little vector memory."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,24 @@ class Config:
 
     block_q, block_k: the blocks of the plan, multiples of 128.
     part: of the side that streams by, what is worked on at a time; it divides the blocks.
+    vmem: bytes of vector memory that a kernel may use; None leaves it to the compiler.
     interpret: as `pl.pallas_call` takes it: False on a TPU.
     """
 
     block_q: int = 1024
     block_k: int = 1024
     part: int = 512
+    vmem: int | None = 64 * 2**20
     interpret: Any = False
 
     @staticmethod
     def of(C: int, V: int, T: int, S: int, dtype: Any, kind: str) -> Config:
         """The heuristic by dims of keys and values, lengths, type, and the device's kind."""
-        most = 512 if max(C, V) > 128 or jnp.dtype(dtype).itemsize > 2 or kind in SMALL else 1024
+        small = kind in SMALL
+        most = 512 if small or max(C, V) > 128 or jnp.dtype(dtype).itemsize > 2 else 1024
         block_q, block_k = _fit(T, most), _fit(S, most)
         fits = [n for n in (512, 384, 256, 128) if block_q % n == 0 and block_k % n == 0]
-        return Config(block_q, block_k, fits[0])
+        return Config(block_q, block_k, fits[0], None if small else Config.vmem)
 
 
 def _fit(length: int, most: int) -> int:
@@ -111,7 +114,7 @@ def forward(
         block=c.block_q,
         size=c.block_k,
         most=cost(walk, visits, c.block_q * c.block_k, C + V, own | streamed | out),
-        interpret=c.interpret,
+        config=c,
     )
     return jnp.swapaxes(found["out"], 1, 2), found["lse"][:, :, 0]
 

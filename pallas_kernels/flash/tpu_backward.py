@@ -91,7 +91,7 @@ def _queries(
         block=c.block_q,
         size=c.block_k,
         most=cost(walk, plan.by_query, c.block_q * c.block_k, 2 * C + V, queries | keys | out),
-        interpret=c.interpret,
+        config=c,
     )
     return found["dq"], found.get("dslopes")
 
@@ -127,10 +127,10 @@ class _Queries:
         slope, away = (at["slopes"][head], distance(queries, keys)) if spec.slopes else (None, None)
         scores, damp = cook(spec, product(at["q"][...], k, 1), slope, away)
         weights = jnp.exp2(scores * spec.base - lanes(at["lse_upright"][...], width))
-        if masked:
-            weights = jnp.where(visible(spec, queries, keys, at["heads"][head], 1), weights, 0.0)
         dweights = product(at["dout"][...], at["v_here"][slot, these], 1)
         dscores = weights * (dweights - lanes(at["delta_upright"][...], width))
+        if masked:
+            dscores = jnp.where(visible(spec, queries, keys, at["heads"][head], 1), dscores, 0.0)
         if spec.slopes:
             at["away_sums"][...] -= (dscores * away).sum(axis=1, keepdims=True)
         if damp is not None:
@@ -158,7 +158,7 @@ def _keys(
         block=c.block_k,
         size=c.block_q,
         most=cost(walk, plan.by_key, c.block_q * c.block_k, 2 * C + 2 * V, queries | keys | out),
-        interpret=c.interpret,
+        config=c,
     )
     return found["dk"], found["dv"]
 
@@ -200,10 +200,11 @@ class _Keys:
         slope, away = (at["slopes"][head], distance(queries, keys)) if spec.slopes else (None, None)
         scores, damp = cook(spec, product(at["k"][...], q, 1), slope, away)
         weights = jnp.exp2(scores * spec.base - at["lse_here"][slot, :, these])
-        if masked:
-            weights = jnp.where(visible(spec, queries, keys, at["heads"][head], 0), weights, 0.0)
         dweights = product(at["v"][...], dout, 1)
         dscores = weights * (dweights - at["delta_here"][slot, :, these])
+        if masked:
+            seen = visible(spec, queries, keys, at["heads"][head], 0)
+            weights, dscores = jnp.where(seen, weights, 0.0), jnp.where(seen, dscores, 0.0)
         if damp is not None:
             dscores = dscores * damp
         at["dk_sums"][...] += product(dscores.astype(q.dtype), q, 0)

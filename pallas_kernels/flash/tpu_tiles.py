@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -144,7 +145,7 @@ def launch(
     block: int,
     size: int,
     most: pl.CostEstimate,
-    interpret: Any,
+    config: Any,
 ) -> dict[str, Array]:
     """Runs `body(at, tiles)` for every item, with references by name.
 
@@ -153,6 +154,7 @@ def launch(
         scalars: arrays [H], wholly in scalar memory.
         own, streamed: arrays of this and of the other side, in blocks of `block` and of `size` tokens.
         out: shapes of results, in blocks like `own`.
+        config: `tpu.Config`.
     """
     P, n, W = visits.order.shape
     row = lambda b: b if P > 1 else 0
@@ -175,10 +177,12 @@ def launch(
         at = dict(zip(names, refs, strict=True))
         body(at, Tiles(walk, at, tuple(streamed), size, P == 1, *map(pl.program_id, range(3))))
 
+    varies = jax.typeof(next(iter(own.values()))).manual_axis_type  # of all arrays alike
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies) for x in out.values())
     in_scalar_memory, where_they_lie = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
     found = pl.pallas_call(
         kernel,
-        out_shape=tuple(out.values()),
+        out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(lists),
             grid=(walk.B, walk.heads, walk.blocks * walk.group),
@@ -192,17 +196,13 @@ def launch(
             scratch_shapes=tuple(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=config.vmem
         ),
         cost_estimate=most,
         name=name,
-        interpret=interpret,
+        interpret=config.interpret,
     )(*lists.values(), order, *scalars.values(), *own.values(), *streamed.values())
     return dict(zip(out, found, strict=True))
-
-
-VMEM = 64 * 2**20
-"""Bytes of vector memory that a kernel may ask for."""
 
 
 def _cut(x: Any, tokens: int) -> tuple[int, int]:
