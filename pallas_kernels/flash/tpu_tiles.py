@@ -180,7 +180,7 @@ def launch(
     varies = jax.typeof(next(iter(own.values()))).manual_axis_type  # of all arrays alike
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies) for x in out.values())
     in_scalar_memory, where_they_lie = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
-    found = pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -201,7 +201,9 @@ def launch(
         cost_estimate=most,
         name=name,
         interpret=config.interpret,
-    )(*lists.values(), order, *scalars.values(), *own.values(), *streamed.values())
+    )
+    call = jax.custom_batching.sequential_vmap(call)  # there is no other way to map copies that a kernel starts itself
+    found = call(*lists.values(), order, *scalars.values(), *own.values(), *streamed.values())
     return dict(zip(out, found, strict=True))
 
 

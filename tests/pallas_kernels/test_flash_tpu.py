@@ -16,7 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlong.core.mask import bigbird, causal, dilated, fixed, full, longformer, prefix, sinks, sliding, strided
 from jaxlong.ops import Backend, attend
+from jaxlong.ops.attend import Local
 from jaxlong.parallel.mesh import make_mesh
+from jaxlong.parallel.partial import Meta
+from jaxlong.parallel.ring import ring
 from jaxlong.plan import topology
 from pallas_kernels import flash, machine
 from pallas_kernels.flash import ref, tpu
@@ -117,6 +120,37 @@ def test_masked_slots_may_hold_anything():
         np.testing.assert_array_equal(got, want)
 
 
+def test_mapped_over_a_plan_that_is_shared():
+    setting, inputs, _, _ = arguments(causal(), B=3, T=150, C=16, V=16)
+    run = lambda q, k, v: flash.forward(setting, inputs._replace(q=q, k=k, v=v), INTERPRETED)
+    rows = tuple(x[:, None] for x in inputs[:3])
+    got = jax.jit(jax.vmap(lambda *x: run(*x)))(*rows)
+    close([x[:, 0] for x in got], run(*inputs[:3]))
+    mapped = jax.vmap(
+        lambda *x: flash.forward(setting, inputs._replace(**dict(zip("qkv", x, strict=True))), tpu.Config())
+    )
+    assert "@tpu_custom_call" in jax.jit(mapped).trace(*rows).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_hops_of_a_ring_are_one_device(on_tpu, monkeypatch):
+    """Values and gradients: hops are merged by their lse, and those of the way back know the whole's."""
+    monkeypatch.setattr(flash, "_tpu_config", lambda inputs: tpu.Config(128, 128, 128, interpret=True))
+    _, inputs, dout, _ = arguments(sliding(300), T=512, H=4, K=2, C=16, V=16)
+    local = Local("flash", sliding(300), 0.25, None)
+
+    def part(q, k, v, at):
+        return ring(local, q, k, v, Meta(at, at, heads=jnp.arange(4)), axis="seq", mask=local.mask)
+
+    split = {"in_specs": P(None, "seq"), "out_specs": P(None, "seq"), "check_vma": False}  # interpreted ones lack types
+    around = jax.shard_map(part, mesh=make_mesh("seq=2", jax.devices()[:2]), **split)
+    alone = lambda q, k, v, at: local(q, k, v, Meta(at, at, heads=jnp.arange(4)))
+    run = lambda attend: jax.jit(
+        jax.value_and_grad(lambda q, k, v, at: (attend(q, k, v, at)[0] * dout).sum(), (0, 1, 2))
+    )
+    given = *inputs[:3], inputs.q_positions
+    close(run(around)(*given), run(alone)(*given), 1e-4)
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the interpreter of this jax does not raise on races")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["packed", "no blocks"])
@@ -215,7 +249,7 @@ def test_kernels_compile_at_the_shapes_of_models(compile_well, system, name, dir
         given["H"] = 4
     found = compile_kernels(SYSTEMS[system], causal(), direction, **given)
     memory = found.memory_analysis()
-    assert memory.temp_size_in_bytes < 0.5 * memory.argument_size_in_bytes + 2**28
+    assert memory.temp_size_in_bytes < memory.argument_size_in_bytes + 2**28
 
 
 MASKS = {
