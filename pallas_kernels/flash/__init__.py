@@ -67,6 +67,8 @@ def refusal(setting: Setting, inputs: Inputs) -> str | None:
         return reason
     if not on_tpu and (reason := hopper.refusal()):
         return reason
+    if on_tpu and q.shape[1] == 1:
+        return "one query is decoding, which should not turn around nor read all keys for each head"
     if not q.shape[1] or not k.shape[1] or not v.shape[0]:
         return "nothing to attend"
     return None

@@ -120,35 +120,39 @@ def test_masked_slots_may_hold_anything():
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_mapped_over_a_plan_that_is_shared():
     setting, inputs, _, _ = arguments(causal(), B=3, T=150, C=16, V=16)
-    run = lambda q, k, v: flash.forward(setting, inputs._replace(q=q, k=k, v=v), INTERPRETED)
+
+    def run(q, k, v, config=INTERPRETED):
+        return flash.forward(setting, inputs._replace(q=q, k=k, v=v), config)
+
     rows = tuple(x[:, None] for x in inputs[:3])
-    got = jax.jit(jax.vmap(lambda *x: run(*x)))(*rows)
+    got = jax.jit(jax.vmap(run))(*rows)
     close([x[:, 0] for x in got], run(*inputs[:3]))
-    mapped = jax.vmap(
-        lambda *x: flash.forward(setting, inputs._replace(**dict(zip("qkv", x, strict=True))), tpu.Config())
-    )
+    mapped = jax.vmap(partial(run, config=tpu.Config()))
     assert "@tpu_custom_call" in jax.jit(mapped).trace(*rows).lower(lowering_platforms=("tpu",)).as_text()
 
 
+@pytest.mark.slow
 def test_hops_of_a_ring_are_one_device(on_tpu, monkeypatch):
     """Values and gradients: hops are merged by their lse, and those of the way back know the whole's."""
     monkeypatch.setattr(flash, "_tpu_config", lambda inputs: tpu.Config(128, 128, 128, interpret=True))
     _, inputs, dout, _ = arguments(sliding(300), T=512, H=4, K=2, C=16, V=16)
     local = Local("flash", sliding(300), 0.25, None)
+    of = lambda at: Meta(at, at, heads=jnp.arange(4))
 
-    def part(q, k, v, at):
-        return ring(local, q, k, v, Meta(at, at, heads=jnp.arange(4)), axis="seq", mask=local.mask)
+    def hops(q, k, v, at):
+        return ring(local, q, k, v, of(at), axis="seq", mask=local.mask)
+
+    def loss(attend, q, k, v, at):
+        return (attend(q, k, v, at)[0] * dout).sum()
 
     split = {"in_specs": P(None, "seq"), "out_specs": P(None, "seq"), "check_vma": False}  # interpreted ones lack types
-    around = jax.shard_map(part, mesh=make_mesh("seq=2", jax.devices()[:2]), **split)
-    alone = lambda q, k, v, at: local(q, k, v, Meta(at, at, heads=jnp.arange(4)))
-    run = lambda attend: jax.jit(
-        jax.value_and_grad(lambda q, k, v, at: (attend(q, k, v, at)[0] * dout).sum(), (0, 1, 2))
-    )
+    around = jax.shard_map(hops, mesh=make_mesh("seq=2", jax.devices()[:2]), **split)
+    run = jax.jit(jax.value_and_grad(loss, (1, 2, 3)), static_argnums=0)
     given = *inputs[:3], inputs.q_positions
-    close(run(around)(*given), run(alone)(*given), 1e-4)
+    close(run(around, *given), run(lambda q, k, v, at: local(q, k, v, of(at)), *given), 1e-4)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the interpreter of this jax does not raise on races")
@@ -178,6 +182,7 @@ def on_tpu(monkeypatch):
         ({"dtype": jnp.float16}, "q, k and v of float16, .* not all bfloat16 or all float32"),
         ({"C": 320, "V": 64}, "dims 320 and 64 of keys and values, more than 256"),
         ({"scale": -1.0}, "not positive"),
+        ({"T": 1, "S": 40}, "one query is decoding"),
         ({}, "None"),
     ],
 )
@@ -249,7 +254,7 @@ def test_kernels_compile_at_the_shapes_of_models(compile_well, system, name, dir
         given["H"] = 4
     found = compile_kernels(SYSTEMS[system], causal(), direction, **given)
     memory = found.memory_analysis()
-    assert memory.temp_size_in_bytes < memory.argument_size_in_bytes + 2**28
+    assert memory.temp_size_in_bytes < 1.5 * memory.argument_size_in_bytes + 2**28
 
 
 MASKS = {
