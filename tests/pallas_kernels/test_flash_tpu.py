@@ -110,6 +110,7 @@ def test_bfloat16_errs_as_rounding_does(name):
         assert error(got, exact) <= 0.02 * size(exact)
 
 
+@pytest.mark.slow
 def test_masked_slots_may_hold_anything():
     setting, inputs, dout, dlse = arguments(causal(), B=2, T=300, C=32, V=32, packed=True, seed=4)
     empty = (inputs.k_segments < 0)[..., None, None]
