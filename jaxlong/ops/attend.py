@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AbstractMesh
 from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask
@@ -25,6 +26,7 @@ from jaxlong.parallel.layout import LAYOUTS
 from jaxlong.parallel.manual import SEQUENCE, auto_mesh, axis_sizes
 from jaxlong.parallel.partial import Gradients, Meta, recomputed
 from jaxlong.parallel.partial import merge as merge
+from pallas_kernels.machine import platform
 
 KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"dense": dense, "blockwise": blockwise, "flash": flash}
 """Implementations by name. All take the arguments of `dense`; NotImplementedError says that one cannot take these."""
@@ -225,12 +227,21 @@ class Local:
 def over_mesh(
     local: Any, q: Array, k: Array, v: Array | None, meta: Meta, mask: Mask, backend: Backend
 ) -> tuple[Array, Array]:
-    """`local` on the mesh of `jax.set_mesh`, by the backend's strategy, or here if no axis splits the sequence."""
+    """`local` on the mesh of `jax.set_mesh`, by the backend's strategy, or here if no axis splits the sequence.
+
+    A kernel is a program of one device. Where there are any, the other axes are split here too, not by the compiler.
+    """
     mesh = None if backend.sequence == "none" else auto_mesh()
-    if mesh is None or max(axis_sizes(mesh, SEQUENCE)) == 1:
+    if mesh is None or (max(axis_sizes(mesh, SEQUENCE)) == 1 and not _for_kernels(mesh, k.shape[2])):
         return local(q, k, v, meta)
     how = {"mask": mask, "strategy": backend.sequence, "layout": backend.layout}
     return sequence_attention(local, q, k, v, meta, mesh=mesh, **how)
+
+
+def _for_kernels(mesh: AbstractMesh, key_heads: int) -> bool:
+    """Whether the mesh has several devices of a kind that has kernels, and divides the key heads."""
+    tensor = mesh.shape.get("tensor", 1)
+    return mesh.size > 1 and platform() in ("gpu", "cuda", "tpu") and (key_heads == 1 or key_heads % tensor == 0)
 
 
 def _order(kernel: str | tuple[str, ...], scores: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Attention by the Pallas kernels for Hopper GPUs, with `jaxlong.ops.blockwise` for what they leave out."""
+"""Attention by the Pallas kernels for Hopper GPUs and TPUs, with `jaxlong.ops.blockwise` for what they leave out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from jaxlong.core.mask import Mask
 from jaxlong.ops.blockwise import blockwise_backward
-from jaxlong.parallel.manual import vary_alike
+from jaxlong.parallel.manual import auto_mesh, vary_alike
 from pallas_kernels import flash as kernels
 
 
@@ -34,7 +34,7 @@ def flash(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """`attend_with_lse` by tiles that the mask leaves; `jaxlong.ops.attend` describes the arguments.
 
-    Gradients of dims that the backward kernels do not take come from `blockwise_backward`.
+    Gradients of dims that a GPU's backward kernels do not take come from `blockwise_backward`.
 
     Raises:
         NotImplementedError: the kernels do not take these arguments on this machine; it says why.
@@ -73,7 +73,7 @@ def flash_backward(
         dout, dlse: the gradients of these.
 
     Raises:
-        NotImplementedError: as `flash`, and for dims whose gradients need more registers than there are.
+        NotImplementedError: as `flash`, and for dims whose gradients need more registers than a GPU has.
     """
     given = q_positions, k_positions, q_segments, k_segments, heads, alibi_slopes, None
     setting, inputs = _prepare(q, k, v, mask, given, bias, scale, soft_cap, v.dtype)
@@ -96,6 +96,9 @@ def _prepare(
     q_positions, k_positions, q_segments, k_segments, heads, slopes, sinks = given
     if bias is not None:
         raise NotImplementedError("a bias is not taken")
+    mesh = auto_mesh()
+    if mesh is not None and mesh.size > 1:
+        raise NotImplementedError(f"the program is one over {mesh.size} devices, not inside shard_map")
     if heads is None:
         heads = jnp.arange(q.shape[2], dtype=jnp.int32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

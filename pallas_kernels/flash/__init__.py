@@ -1,4 +1,4 @@
-"""Flash attention over the tiles that a mask leaves: forward and backward, on Hopper GPUs.
+"""Flash attention over the tiles that a mask leaves: forward and backward, on Hopper GPUs and on TPUs.
 
 `attention` is the differentiable entry, `forward` and `backward` are its halves, for callers with their own rule (hops
 of a ring, which see a part of the keys). All take q [B T H C], k [B S K C], v [B S K V] and what else `Inputs` and
@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, machine
+from pallas_kernels.flash.scores import LOG2E, Spec
 from pallas_kernels.plan import MaskPlan, Predicate, Tokens, mask_plan, tokens
 
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
-"""Dims of keys and values that are taken."""
+"""Dims of keys and values that are taken on a GPU."""
+WIDEST = 256
+"""The largest dim that is taken on a TPU."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,28 @@ class Inputs(NamedTuple):
 def refusal(setting: Setting, inputs: Inputs) -> str | None:
     """Why the kernels do not take these arguments on this machine; None if they do."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    if reason := _shapes(setting, inputs):
+    on_tpu = machine.platform() == "tpu"
+    if reason := _shapes(setting, inputs, on_tpu):
         return reason
-    if reason := hopper.refusal():
+    if not on_tpu and (reason := hopper.refusal()):
         return reason
+    if on_tpu and q.shape[1] == 1:
+        return "one query is decoding, which should not turn around nor read all keys for each head"
     if not q.shape[1] or not k.shape[1] or not v.shape[0]:
         return "nothing to attend"
     return None
 
 
-def _shapes(setting: Setting, inputs: Inputs) -> str | None:
+def _shapes(setting: Setting, inputs: Inputs, on_tpu: bool) -> str | None:
     q, k, v = inputs.q, inputs.k, inputs.v
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q, k and v of {q.dtype}, {k.dtype} and {v.dtype}, not all bfloat16 or all float16"
-    if (q.shape[-1], v.shape[-1]) not in DIMS:
-        return f"dims {q.shape[-1]} and {v.shape[-1]} of keys and values, not one of {DIMS}"
+    taken = ("bfloat16", "float32") if on_tpu else ("bfloat16", "float16")
+    if not q.dtype == k.dtype == v.dtype or q.dtype.name not in taken:
+        return f"q, k and v of {q.dtype}, {k.dtype} and {v.dtype}, not all {taken[0]} or all {taken[1]}"
+    dims = q.shape[-1], v.shape[-1]
+    if on_tpu and max(dims) > WIDEST:
+        return f"dims {dims[0]} and {dims[1]} of keys and values, more than {WIDEST}"
+    if not on_tpu and dims not in DIMS:
+        return f"dims {dims[0]} and {dims[1]} of keys and values, not one of {DIMS}"
     if not setting.scale > 0:
         return f"scale {setting.scale} is not positive"
     if jnp.dtype(setting.dtype) not in (q.dtype, jnp.float32):
@@ -88,15 +98,17 @@ def plan(setting: Setting, inputs: Inputs, block_q: int, block_k: int) -> tuple[
 
 
 def forward(setting: Setting, inputs: Inputs, config: Any = None) -> tuple[Array, Array]:
-    """(out [B T H V], lse [B T H] float32); a query that sees nothing gets 0 and -inf, or its sink."""
-    from pallas_kernels.flash import gpu, tiles
+    """(out [B T H V], lse [B T H] float32); a query that sees nothing gets 0 and -inf, or its sink.
 
-    c = _forward_config(inputs) if config is None else config
+    Args:
+        config: how the kernel runs, of `gpu.py` or `tpu.py`; by default what these think best on this machine.
+    """
+    run, c = _forward_kernel(inputs, config)
     found, held = plan(setting, inputs, c.block_q, c.block_k)
-    spec = tiles.Spec(setting.mask, setting.scale, setting.soft_cap, inputs.slopes is not None)
+    spec = Spec(setting.mask, setting.scale, setting.soft_cap, inputs.slopes is not None)
     q, k, v = (_whole(x) for x in (inputs.q, inputs.k, _held(inputs, inputs.v)))
     heads, slopes, sinks = _of_heads(inputs)
-    out, lse = gpu.forward(spec, c, q, k, v, found.by_query, held, heads, slopes, sinks, jnp.dtype(setting.dtype))
+    out, lse = run(spec, c, q, k, v, found.by_query, held, heads, slopes, sinks, jnp.dtype(setting.dtype))
     T = inputs.q.shape[1]
     return _vary(inputs.q, (out[:, :T], jnp.moveaxis(lse[:, :, :T], 1, 2)))
 
@@ -114,14 +126,12 @@ def backward(
     """The gradients of q, k and v in `dtype` and of slopes in float32, from results over these keys and any others.
 
     Raises:
-        NotImplementedError: the gradients of keys of these dims need more registers than there are.
+        NotImplementedError: the gradients of keys of these dims need more registers than a GPU has.
     """
-    from pallas_kernels.flash import gpu_backward, tiles
-
-    c = _backward_config(inputs) if config is None else config
+    run, c = _backward_kernels(inputs, config)
     T, S = inputs.q.shape[1], inputs.k.shape[1]
     found, held = plan(setting, inputs, c.block_q, c.block_k)
-    spec = tiles.Spec(setting.mask, setting.scale, setting.soft_cap, inputs.slopes is not None)
+    spec = Spec(setting.mask, setting.scale, setting.soft_cap, inputs.slopes is not None)
     wide = lambda x: x.astype(jnp.float32)
     # a row that saw nothing has out == 0, and its cotangent may be anything
     saw = lse > -jnp.inf
@@ -130,10 +140,10 @@ def backward(
     by_head = lambda x, fill: jnp.pad(
         jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, -T % c.block_q)), constant_values=fill
     )
-    lse = by_head(jnp.where(saw, wide(lse) * tiles.LOG2E, jnp.inf), jnp.inf)
+    lse = by_head(jnp.where(saw, wide(lse) * LOG2E, jnp.inf), jnp.inf)
     q, k, v, dout = (_whole(x) for x in (inputs.q, _held(inputs, inputs.k), inputs.v, dout.astype(inputs.q.dtype)))
     heads, slopes, _ = _of_heads(inputs)
-    dq, dk, dv, dslopes = gpu_backward.gradients(
+    dq, dk, dv, dslopes = run(
         spec, c, q, k, v, dout, lse, by_head(delta, 0), found, held, heads, slopes, jnp.dtype(dtype)
     )
     dslopes = None if dslopes is None else dslopes[:, :, :T].sum((0, 2))
@@ -180,11 +190,11 @@ def _sinks_gradient(sinks: Array, out: Array, lse: Array, dout: Array, dlse: Arr
 
 
 def _vary(like: Array, results: Any) -> Any:
-    """Results of a kernel, whose types tell nothing of manual mesh axes, with the axes that `like` varies over.
+    """Results of a GPU's kernel, whose types tell nothing of manual mesh axes, with the axes that `like` varies over.
 
     Adding a zero made from it does that on every version of JAX.
     """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
+    if not jax.sharding.get_abstract_mesh().manual_axes or machine.platform() == "tpu":
         return results
     zero = jax.lax.full_like(like, 0, shape=())
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), results)
@@ -205,13 +215,33 @@ def _of_heads(inputs: Inputs) -> tuple[Array, Array | None, Array | None]:
     return inputs.heads.astype(jnp.int32), wide(inputs.slopes), wide(inputs.sinks)
 
 
-def _forward_config(inputs: Inputs) -> Any:
-    from pallas_kernels.flash.gpu import Config
+def _forward_kernel(inputs: Inputs, config: Any) -> tuple[Callable[..., tuple], Any]:
+    """The kernel that a configuration is for; without one, this machine's and its configuration."""
+    from pallas_kernels.flash import tpu
 
-    return Config.of(inputs.q.shape[-1], inputs.v.shape[-1], inputs.q_segments is not None)
+    if isinstance(config, tpu.Config) or (config is None and machine.platform() == "tpu"):
+        return tpu.forward, _tpu_config(inputs) if config is None else config
+    from pallas_kernels.flash import gpu
+
+    C, V = inputs.q.shape[-1], inputs.v.shape[-1]
+    return gpu.forward, gpu.Config.of(C, V, inputs.q_segments is not None) if config is None else config
 
 
-def _backward_config(inputs: Inputs) -> Any:
-    from pallas_kernels.flash.gpu_backward import BackwardConfig
+def _backward_kernels(inputs: Inputs, config: Any) -> tuple[Callable[..., tuple], Any]:
+    from pallas_kernels.flash import tpu
 
-    return BackwardConfig.of(inputs.q.shape[-1], inputs.v.shape[-1])
+    if isinstance(config, tpu.Config) or (config is None and machine.platform() == "tpu"):
+        from pallas_kernels.flash import tpu_backward
+
+        return tpu_backward.gradients, _tpu_config(inputs) if config is None else config
+    from pallas_kernels.flash import gpu_backward
+
+    C, V = inputs.q.shape[-1], inputs.v.shape[-1]
+    return gpu_backward.gradients, gpu_backward.BackwardConfig.of(C, V) if config is None else config
+
+
+def _tpu_config(inputs: Inputs) -> Any:
+    from pallas_kernels.flash.tpu import Config
+
+    (T, C), (S, V) = inputs.q.shape[1::2], inputs.v.shape[1::2]
+    return Config.of(C, V, T, S, inputs.q.dtype, machine.kind())

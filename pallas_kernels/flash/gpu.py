@@ -22,17 +22,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash.scores import LOG2E, Spec, cook
 from pallas_kernels.flash.tiles import (
     BY_COLUMN,
     BY_ROW,
     COMPUTE,
-    LOG2E,
     ROWS,
     Kernel,
     Place,
-    Spec,
     along,
-    cook,
     cost,
     distance,
     held,

@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash.scores import Spec, cook
 from pallas_kernels.flash.tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -26,9 +27,7 @@ from pallas_kernels.flash.tiles import (
     ROWS,
     Kernel,
     Place,
-    Spec,
     along,
-    cook,
     cost,
     distance,
     held,

@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.plan import EMPTY, Predicate
+from pallas_kernels.flash.scores import Spec
+from pallas_kernels.plan import EMPTY
 from pallas_kernels.predicate import on_tile
 
-LOG2E = math.log2(math.e)
 ROWS = 64
 """Rows of a warpgroup: the height of a wgmma tile."""
 COMPUTE = 2
@@ -32,26 +32,6 @@ SHARED = 232448 - 512
 TILE = plgpu.Layout.WGMMA
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What is known while tracing of one attention."""
-
-    mask: Predicate
-    scale: float
-    soft_cap: float | None
-    slopes: bool
-
-    @property
-    def cooked(self) -> bool:
-        """Whether scores are more than scaled products; `cook` then leaves them in natural units, else as products."""
-        return self.soft_cap is not None or self.slopes
-
-    @property
-    def base(self) -> float:
-        """From what `cook` leaves to logarithms of base 2."""
-        return LOG2E if self.cooked else self.scale * LOG2E
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,20 +347,3 @@ def visible(spec: Spec, q: Held, k: Held, head: Any, shape: tuple[int, int], key
 def distance(q: Held, k: Held, shape: tuple[int, int], keys_axis: int) -> Any:
     away = along(1 - keys_axis, q.positions, shape) - along(keys_axis, k.positions, shape)
     return jnp.abs(away).astype(jnp.float32)
-
-
-def cook(spec: Spec, scores: Any, slope: Any, away: Any) -> tuple[Any, Any]:
-    """Scores with soft cap and slopes, and d score / d product over the scale where a cap makes that less than 1.
-
-    tanh is made of exp2, whose error is that of float32; the hardware's own is good to 2**-11.
-    """
-    damp = None
-    if spec.soft_cap is not None:
-        grown = jnp.exp2(scores * (2 * LOG2E * spec.scale / spec.soft_cap))
-        tanh = 1 - 2 / (grown + 1)
-        scores, damp = spec.soft_cap * tanh, 1 - tanh * tanh
-    elif spec.cooked:
-        scores = scores * spec.scale
-    if spec.slopes:
-        scores = scores - slope * away
-    return scores, damp
