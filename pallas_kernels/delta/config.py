@@ -47,3 +47,20 @@ def cost(
     return pl.CostEstimate(
         flops=times * flops, transcendentals=times * 7 * tokens * key_dim, bytes_accessed=times * moved
     )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What may be tuned on a TPU; no result depends on it beyond rounding.
+
+    Args:
+        chunks: that one step of a program unrolls, even. Backward they are held in VMEM at once, about 1 MiB each, and
+            the states at the entries of every `chunks` chunks are kept from forward to backward.
+    """
+
+    chunks: int = 4
+
+    @classmethod
+    def of(cls, key_dim: int, value_dim: int) -> Blocks:
+        """Not measured on a TPU."""
+        return cls()
