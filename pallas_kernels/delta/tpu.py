@@ -88,11 +88,10 @@ def chunked(
     beta: Array | None,
     s0: Array | None = None,
     resets: Array | None = None,
-    interpret: Any = False,
 ) -> tuple[Array, Array]:
     """The results of `ref.reference`, or of `ref.linear` where beta is None; differentiable in all but resets."""
     (batch, length, heads, value_dim), key_dim = v.shape, k.shape[-1]
-    how = How(min(config.chunks, pl.cdiv(length, CHUNK)), interpret)
+    how = How(min(config.chunks, pl.cdiv(length, CHUNK)), config.interpret)
     whole = lambda x: jnp.pad(x, [(0, 0), (0, -length % how.rows)] + [(0, 0)] * (x.ndim - 2))
     by_head = lambda x: jnp.moveaxis(whole(x), 2, 1)
     number = lambda x: by_head(x.astype(jnp.float32))[:, :, None]
@@ -217,7 +216,7 @@ def _spec(rows: int, heads: int, order: Callable[[Any], Any], x: Any) -> pl.Bloc
 
 def _like(x: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     """An output that varies over the manual axes that x varies over."""
-    return jax.eval_shape(lambda x: lax.full_like(x, 0, dtype, shape), x)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def _put(ref: Any, value: Array) -> None:
