@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxlong.ops.attend import Backend
+from jaxlong.ops.attend import Backend, first_taken
 from jaxlong.ops.chunks import Documents, gated_scores, join, split
 from jaxlong.ops.select import map_queries
-from jaxlong.parallel.manual import vary_alike
+from jaxlong.parallel.manual import require_one_device, vary_alike
 from jaxlong.parallel.prefix import Chain, diagonal, final, prefix
 from jaxlong.parallel.rows import over_spans, spread
+from pallas_kernels import scan as scan_kernels
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -288,6 +290,31 @@ def selective_scan(
         return over_spans(on_spans, (x, dt, b, c, resets), (a, d), layout=backend.layout)
     if h0 is None:
         h0 = vary_alike((x, jnp.zeros((batch, width, a.shape[-1]), jnp.float32)))[1]
+    return first_taken(SELECTIVE, lambda name: SELECTIVE[name](chunk, x, dt, a, b, c, d, h0, resets))
+
+
+def _by_kernels(
+    chunk: int, x: Array, dt: Array, a: Array, b: Array, c: Array, d: Array, h0: Array, resets: Array | None
+) -> tuple[Array, Array]:
+    """`selective_scan` by the Pallas kernels.
+
+    Raises:
+        NotImplementedError: the kernels do not take these arguments on this machine; it says why.
+    """
+    require_one_device()
+    if x.shape[1] == 1:
+        raise NotImplementedError("one token is one step")
+    if reason := scan_kernels.refusal(x, dt, a, b, c):
+        raise NotImplementedError(reason)
+    x, dt, a, b, c, d, h0, resets = vary_alike((x, dt, a, b, c, d, h0, resets))
+    return scan_kernels.selective_scan(x, dt, a, b, c, d, h0=h0, resets=resets)
+
+
+def _by_chunks(
+    chunk: int, x: Array, dt: Array, a: Array, b: Array, c: Array, d: Array, h0: Array, resets: Array | None
+) -> tuple[Array, Array]:
+    """`selective_scan` by an associative scan a chunk, on any device."""
+    length = x.shape[1]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(h, xs):
@@ -303,6 +330,10 @@ def selective_scan(
     parts = tuple(None if part is None else split(part, chunk) for part in (x, dt, b, c, resets))
     h, y = jax.lax.scan(body, h0, parts)
     return join(y, length), h
+
+
+SELECTIVE: Mapping[str, Callable[..., tuple[Array, Array]]] = {"pallas": _by_kernels, "chunks": _by_chunks}
+"""Implementations of the selective scan in the order in which they are tried; NotImplementedError: the next one."""
 
 
 def _selective_on_spans(chunk: int, tokens: tuple, shared: tuple[Array, Array], chain: Chain) -> tuple[Array, Array]:
