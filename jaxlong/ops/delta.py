@@ -15,8 +15,9 @@ from jaxlong.ops.attend import Backend, first_taken
 from jaxlong.ops.chunks import Documents, all_scores, corner, cumulated, decay_matrix, join, power_of_two, split
 from jaxlong.parallel.manual import require_one_device, vary_alike
 from jaxlong.parallel.prefix import Chain, dense, final, prefix
-from jaxlong.parallel.rows import over_spans, spread
+from jaxlong.parallel.rows import over_rows, over_spans, spread
 from pallas_kernels import delta as kernels
+from pallas_kernels.machine import platform
 
 GROUP = 8
 """Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""
@@ -94,15 +95,19 @@ def pallas(
     Raises:
         NotImplementedError: the kernels do not take these arguments on this machine; it says why.
     """
-    require_one_device()
     _, k, v, *_ = tokens
     if v.shape[1] == 1:
         raise NotImplementedError("one token is one step")
     if reason := kernels.refusal(*tokens):
         raise NotImplementedError(reason)
     s0 = jnp.zeros((k.shape[0], *k.shape[2:], v.shape[-1])) if s0 is None else s0
-    tokens, s0, resets = vary_alike((tokens, s0, resets))
-    return kernels.delta_rule(*tokens, s0=s0, resets=resets)
+    run = lambda *arrays: kernels.delta_rule(*arrays[:5], s0=arrays[5], resets=arrays[6])
+    arrays = (*tokens, s0, resets)
+    if platform() != "tpu":
+        require_one_device()
+        return run(*arrays)
+    names = (*[("batch", None, "heads")] * 5, ("batch", "heads"), ("batch",))
+    return over_rows(run, arrays, names, like=(2, 5))
 
 
 def chunks(

@@ -87,6 +87,13 @@ def delta_rule(
     return chunked(Kernels(config), q, k, v, log_decay, beta, s0, resets)
 
 
+def linear_refusal(q: Array, k: Array, v: Array) -> str | None:
+    """Why `linear_attention` does not take these arguments on this machine; None if it does."""
+    if (platform := machine.platform()) != "tpu":
+        return f"the default device is no TPU but {platform}"
+    return _tpu_refusal(q, k, v)
+
+
 def linear_attention(
     q: Array,
     k: Array,
@@ -106,11 +113,9 @@ def linear_attention(
             are those of `delta_rule`.    log_decay: None is no decay.
 
     Raises:
-        NotImplementedError: no TPU, or what `refusal` says there.
+        NotImplementedError: with what `linear_refusal` says.
     """
-    if (platform := machine.platform()) != "tpu":
-        raise NotImplementedError(f"the default device is no TPU but {platform}")
-    if reason := _tpu_refusal(q, k, v):
+    if reason := linear_refusal(q, k, v):
         raise NotImplementedError(reason)
     return _on_tpu(q, k, v, log_decay, None, s0, resets, config)
 

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_delta_kernels import begins, by_twin, draw, off, values_and_gradients
+from tpu_compiler import SYSTEMS, compiled_gradient, kernel_calls
 
 from jaxlong.ops.delta import delta_rule
-from jaxlong.parallel.mesh import make_mesh
-from jaxlong.plan import topology
+from jaxlong.ops.scan import linear_attention
 from pallas_kernels import delta, machine
 from pallas_kernels.delta import tpu
 from pallas_kernels.delta.config import Blocks
@@ -104,43 +103,10 @@ def test_refusals_name_the_reason(monkeypatch):
         delta.delta_rule(q[:0], k[:0], v[:0], g[:0], beta[:0])
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("axes", ["data=2", "data=2,seq=2"])
-def test_the_op_takes_them_on_a_mesh(monkeypatch, axes):
-    """Rows of several devices, spans of a row too; queries are wider there by the map of the state."""
-    monkeypatch.setattr(machine, "platform", lambda: "tpu")
-    monkeypatch.setattr(Blocks, "of", classmethod(lambda cls, *dims: cls(2, interpret=True)))
-    inputs, resets = draw(128, batch=2, dims=(8, 8)), begins(128, 2)
-    wanted = values_and_gradients(reference, inputs, resets)
-    run = lambda q, k, v, g, beta, s0, resets: delta_rule(q, k, v, g, beta, resets=resets)
-    wanted = values_and_gradients(lambda *x: reference(*x[:5], None, x[6]), inputs, resets)
-    with jax.set_mesh(make_mesh(axes, jax.devices()[: 2 if axes == "data=2" else 4])):
-        found = values_and_gradients(run, inputs, resets)
-    for one, other in zip(found[:7], wanted[:7], strict=True):
-        assert off(one, other) < 3e-5
-
-
-def compiled(system, run, shapes, gradients=None):
-    """The program for one chip of a TPU system, as the compiler writes it."""
-    pytest.importorskip("libtpu")
-    mesh = make_mesh("data=1", topology.described(topology.parse(system))[:1])
-    array = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
-    loss = lambda *x: (run(*x)[0].astype(jnp.float32) ** 2).sum()
-    with jax.set_mesh(mesh):
-        return (
-            jax.jit(run if gradients is None else jax.grad(loss, gradients))
-            .lower(*jax.tree.map(array, shapes))
-            .compile()
-        )
-
-
 def shapes(length, heads, dims=(128, 128), dtype=jnp.float32, scalar=False):
     array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((1, length, heads, *shape), dtype)
     g = array(dtype=jnp.float32) if scalar else array(dims[0], dtype=jnp.float32)
     return array(dims[0]), array(dims[0]), array(dims[1]), g, array(dtype=jnp.float32)
-
-
-SYSTEMS = ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"]
 
 
 @pytest.mark.thorough
@@ -150,9 +116,39 @@ SYSTEMS = ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"]
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_op_compiles_to_kernels(compile_well, system, dims, dtype, scalar):
     """One forward, one backward; in float32, as the mixers call it, and with the dims that spans have."""
-    text = compiled(system, delta_rule, shapes(8192, 2, dims, dtype, scalar), range(5)).as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
-    assert " while(" not in text
+    found = compiled_gradient(system, delta_rule, shapes(8192, 2, dims, dtype, scalar))
+    assert kernel_calls(found) == 2
+    assert " while(" not in found.as_text()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_linear_attention_compiles_to_kernels(compile_well, system, groups):
+    """The layer of Mamba-2: queries and keys of 128 states, shared by heads of 64 values."""
+    _, _, v, g, _ = shapes(8192, 16, (128, 64), jnp.bfloat16, scalar=True)
+    few = jax.ShapeDtypeStruct((1, 8192, groups, 128), jnp.bfloat16)
+    found = compiled_gradient(system, linear_attention, (few, few, v, g))
+    assert kernel_calls(found) == 2
+    assert " while(" not in found.as_text()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("op", [delta_rule, linear_attention])
+@pytest.mark.parametrize(
+    ("mesh", "spec"),
+    [
+        ("seq=4", P(None, "seq")),
+        ("fsdp=2,tensor=2", P("fsdp", None, "tensor")),
+        ("fsdp=2,seq=2", P("fsdp", "seq")),
+    ],
+)
+@pytest.mark.parametrize("system", ["v6e:2x2", "v5e:2x2", "v5p:2x2x1"])
+def test_every_device_of_a_mesh_runs_them(compile_well, system, mesh, spec, op):
+    """On its rows and heads; on its spans of a row, inside the op's own `shard_map`, where values are wider."""
+    array = lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype)
+    given = [array(x) for x in shapes(4096, 4)][: 5 if op is delta_rule else 4]
+    assert kernel_calls(compiled_gradient(system, op, given, mesh, spec)) == 2
 
 
 @pytest.mark.slow
@@ -160,6 +156,6 @@ def test_the_op_compiles_to_kernels(compile_well, system, dims, dtype, scalar):
 @pytest.mark.parametrize(("length", "heads"), [(8192, 32), (131072, 16), (2**20, 2)])
 def test_a_million_tokens_compile(compile_well, system, length, heads):
     """With fewer bytes than 14 float32 a token and channel: of states, those at the entries of blocks are kept."""
-    found = compiled(system, delta_rule, shapes(length, heads, dtype=jnp.bfloat16), range(5))
+    found = compiled_gradient(system, delta_rule, shapes(length, heads, dtype=jnp.bfloat16))
     tokens = length * heads
     assert found.memory_analysis().peak_memory_in_bytes < tokens * 128 * 4 * 14

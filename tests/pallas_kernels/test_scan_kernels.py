@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from tpu_compiler import SYSTEMS, compiled_gradient, kernel_calls
 
 from jaxlong.ops.scan import selective_scan
-from jaxlong.parallel.mesh import make_mesh
-from jaxlong.plan import topology
 from pallas_kernels import scan
 from pallas_kernels.scan import tpu, twin
 from pallas_kernels.scan.config import Config, cost, search_space
@@ -99,19 +96,10 @@ def test_costs_and_settings():
     assert Config.of(4096, 64).lanes == Config.of(64, 16).lanes == 128
 
 
-SYSTEMS = ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"]
-
-
-def compiled(system, length, width, states, dtype, rows=1):
-    """The gradient of the op for one chip of a TPU system."""
-    pytest.importorskip("libtpu")
-    mesh = make_mesh("data=1", topology.described(topology.parse(system))[:1])
-    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
-    of_row = lambda dim, dtype=jnp.float32: array(rows, length, dim, dtype=dtype)
-    given = of_row(width, dtype), of_row(width), array(width, states), of_row(states), of_row(states), array(width)
-    loss = lambda *x: (selective_scan(*x)[0].astype(jnp.float32) ** 2).sum()
-    with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(loss, range(6))).lower(*given).compile()
+def shapes(length, width, states, dtype):
+    of_row = lambda dim, dtype=jnp.float32: jax.ShapeDtypeStruct((1, length, dim), dtype)
+    rate = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    return of_row(width, dtype), of_row(width), rate(width, states), of_row(states), of_row(states), rate(width)
 
 
 @pytest.mark.thorough
@@ -119,9 +107,19 @@ def compiled(system, length, width, states, dtype, rows=1):
 @pytest.mark.parametrize(("width", "states"), [(4096, 16), (200, 3), (1024, 64)])
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_op_compiles_to_kernels(compile_well, system, width, states, dtype):
-    text = compiled(system, 8192, width, states, dtype).as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
-    assert " while(" not in text
+    found = compiled_gradient(system, selective_scan, shapes(8192, width, states, dtype))
+    assert kernel_calls(found) == 2
+    assert " while(" not in found.as_text()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2", "seq=4"])
+@pytest.mark.parametrize("system", ["v6e:2x2", "v5e:2x2", "v5p:2x2x1"])
+def test_every_device_of_a_mesh_runs_them(compile_well, system, mesh):
+    """On its rows and channels, or on its spans of a row."""
+    row = lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) if len(x.shape) == 3 else x
+    given = [row(x) for x in shapes(4096, 512, 16, jnp.bfloat16)]
+    assert kernel_calls(compiled_gradient(system, selective_scan, given, mesh)) == 2
 
 
 @pytest.mark.slow
@@ -129,5 +127,5 @@ def test_the_op_compiles_to_kernels(compile_well, system, width, states, dtype):
 @pytest.mark.parametrize(("length", "width"), [(8192, 4096), (131072, 1024), (2**20, 128)])
 def test_a_million_tokens_compile(compile_well, system, length, width):
     """No array of a state a token: less than 16 float32 a token and channel exist at once, gradients included."""
-    found = compiled(system, length, width, 16, jnp.bfloat16)
+    found = compiled_gradient(system, selective_scan, shapes(length, width, 16, jnp.bfloat16))
     assert found.memory_analysis().peak_memory_in_bytes < length * width * 4 * 16
