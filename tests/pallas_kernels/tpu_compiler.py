@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlong.parallel.mesh import make_mesh
-from jaxlong.plan import topology
 
 SYSTEMS = ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"]
 
@@ -20,6 +19,8 @@ def compiled_gradient(system, op, shapes, mesh="data=1", spec=None):
     It stays out of the cache of programs: there is no device to load it from there.
     """
     pytest.importorskip("libtpu")
+    from jaxlong.plan import topology
+
     mesh = make_mesh(mesh, topology.described(topology.parse(system))[: 1 if mesh == "data=1" else None])
     given = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec or P())) for x in shapes]
     loss = lambda *x: (op(*x)[0].astype(jnp.float32) ** 2).sum()
