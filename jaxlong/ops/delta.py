@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float
 
 from jaxlong.ops.attend import Backend, first_taken
 from jaxlong.ops.chunks import Documents, all_scores, corner, cumulated, decay_matrix, join, power_of_two, split
-from jaxlong.parallel.manual import auto_mesh, vary_alike
+from jaxlong.parallel.manual import require_one_device, vary_alike
 from jaxlong.parallel.prefix import Chain, dense, final, prefix
-from jaxlong.parallel.rows import over_spans, spread
+from jaxlong.parallel.rows import over_rows, over_spans, spread
 from pallas_kernels import delta as kernels
+from pallas_kernels.machine import platform
 
 GROUP = 8
 """Chunks whose inner work is one batch; the backward pass keeps the state at each group's start only."""
@@ -86,7 +87,7 @@ def generalized_delta_rule(
     return _rows(run, (r, k, v, log_decay, a, b), s0, resets, backend)
 
 
-def hopper(
+def pallas(
     chunk: int, tokens: tuple[Array, ...], s0: Array | None, resets: Array | None
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """`delta_rule` by the Pallas kernels, whose chunks have 64 tokens.
@@ -94,13 +95,19 @@ def hopper(
     Raises:
         NotImplementedError: the kernels do not take these arguments on this machine; it says why.
     """
-    mesh = auto_mesh()
-    if mesh is not None and mesh.size > 1:
-        raise NotImplementedError(f"the program is one over {mesh.size} devices, not inside shard_map")
-    q, k, v, decay, beta = tokens
-    if q.shape[1] == 1:
+    _, k, v, *_ = tokens
+    if v.shape[1] == 1:
         raise NotImplementedError("one token is one step")
-    return kernels.delta_rule(q, k, v, decay, beta, s0=s0, resets=resets)
+    if reason := kernels.refusal(*tokens):
+        raise NotImplementedError(reason)
+    s0 = jnp.zeros((k.shape[0], *k.shape[2:], v.shape[-1])) if s0 is None else s0
+    run = lambda *arrays: kernels.delta_rule(*arrays[:5], s0=arrays[5], resets=arrays[6])
+    arrays = (*tokens, s0, resets)
+    if platform() != "tpu":
+        require_one_device()
+        return run(*arrays)
+    names = (*[("batch", None, "heads")] * 5, ("batch", "heads"), ("batch",))
+    return over_rows(run, arrays, names, like=(2, 5))
 
 
 def chunks(
@@ -112,7 +119,7 @@ def chunks(
     return _run(_delta_step, _delta_chunks, chunk, (q, k, v, decay, beta[..., None]), s0, resets)
 
 
-KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"hopper": hopper, "chunks": chunks}
+KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"pallas": pallas, "chunks": chunks}
 """Implementations of the delta rule in the order in which they are tried; NotImplementedError: the next one."""
 
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxlong.ops.attend import Backend
+from jaxlong.ops.attend import Backend, first_taken
 from jaxlong.ops.chunks import Documents, gated_scores, join, split
 from jaxlong.ops.select import map_queries
 from jaxlong.parallel.manual import vary_alike
 from jaxlong.parallel.prefix import Chain, diagonal, final, prefix
-from jaxlong.parallel.rows import over_spans, spread
+from jaxlong.parallel.rows import over_rows, over_spans, spread
+from pallas_kernels import delta as delta_kernels
+from pallas_kernels import scan as scan_kernels
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -59,9 +62,54 @@ def linear_attention(
     if s0 is None and spread(length, backend.layout):
         on_spans = functools.partial(_attention_on_spans, chunk)
         return over_spans(on_spans, (q, k, v, log_decay, resets), bonus, layout=backend.layout)
-    chunk = min(chunk, length)
     if s0 is None:
         s0 = vary_alike((v, jnp.zeros((batch, heads, k.shape[-1], value_dim), jnp.float32)))[1]
+    return first_taken(LINEAR, lambda name: LINEAR[name](chunk, q, k, v, log_decay, bonus, s0, resets))
+
+
+def _linear_by_kernels(
+    chunk: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    bonus: Array | None,
+    s0: Array,
+    resets: Array | None,
+) -> tuple[Array, Array]:
+    """`linear_attention` by the Pallas kernels of the delta rule, less its correction; their chunks have 64 tokens.
+
+    Raises:
+        NotImplementedError: the kernels do not take these arguments on this machine; it says why.
+    """
+    if bonus is not None:
+        raise NotImplementedError("a bonus is not taken")
+    if v.shape[1] == 1:
+        raise NotImplementedError("one token is one step")
+    if reason := delta_kernels.linear_refusal(q, k, v):
+        raise NotImplementedError(reason)
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    shared = all(x.shape[2] == 1 or x.shape[2] % tensor == 0 for x in (q, k, v))
+    heads = "heads" if shared else None  # a device holds the groups of its heads, or all
+    of_tokens = "batch", None, heads
+    run = lambda *arrays: delta_kernels.linear_attention(*arrays[:4], s0=arrays[4], resets=arrays[5])
+    names = (*[of_tokens] * 4, ("batch", heads), ("batch",))
+    return over_rows(run, (q, k, v, log_decay, s0, resets), names, like=(2, 4))
+
+
+def _linear_by_chunks(
+    chunk: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    bonus: Array | None,
+    s0: Array,
+    resets: Array | None,
+) -> tuple[Array, Array]:
+    """`linear_attention` in plain matrix products, on any device."""
+    batch, length, heads = v.shape[:3]
+    chunk = min(chunk, length)
     if log_decay is not None and resets is not None:  # the decay of what a reset drops would only cost precision
         log_decay = jnp.where(resets.reshape(batch, length, *[1] * (log_decay.ndim - 2)), 0.0, log_decay)
     step = _scalar_step if log_decay is None or log_decay.ndim == 3 else _channel_step
@@ -80,6 +128,10 @@ def linear_attention(
     parts = tuple(None if x is None else split(x, chunk) for x in (q, k, v, log_decay, resets))
     s, o = jax.lax.scan(body, s0, parts)
     return join(o, length), s
+
+
+LINEAR: Mapping[str, Callable[..., tuple[Array, Array]]] = {"pallas": _linear_by_kernels, "chunks": _linear_by_chunks}
+"""Implementations of linear attention in the order in which they are tried; NotImplementedError: the next one."""
 
 
 def _attention_on_spans(chunk: int, tokens: tuple, bonus: Array | None, chain: Chain) -> tuple[Array, Array]:
@@ -288,6 +340,32 @@ def selective_scan(
         return over_spans(on_spans, (x, dt, b, c, resets), (a, d), layout=backend.layout)
     if h0 is None:
         h0 = vary_alike((x, jnp.zeros((batch, width, a.shape[-1]), jnp.float32)))[1]
+    return first_taken(SELECTIVE, lambda name: SELECTIVE[name](chunk, x, dt, a, b, c, d, h0, resets))
+
+
+def _by_kernels(
+    chunk: int, x: Array, dt: Array, a: Array, b: Array, c: Array, d: Array, h0: Array, resets: Array | None
+) -> tuple[Array, Array]:
+    """`selective_scan` by the Pallas kernels.
+
+    Raises:
+        NotImplementedError: the kernels do not take these arguments on this machine; it says why.
+    """
+    if x.shape[1] == 1:
+        raise NotImplementedError("one token is one step")
+    if reason := scan_kernels.refusal(x, dt, a, b, c):
+        raise NotImplementedError(reason)
+    run = lambda *arrays: scan_kernels.selective_scan(*arrays[:6], h0=arrays[6], resets=arrays[7])
+    wide, row = ("batch", None, "mlp"), ("batch",)
+    names = wide, wide, ("mlp",), row, row, ("mlp",), ("batch", "mlp"), row
+    return over_rows(run, (x, dt, a, b, c, d, h0, resets), names, like=(0, 6))
+
+
+def _by_chunks(
+    chunk: int, x: Array, dt: Array, a: Array, b: Array, c: Array, d: Array, h0: Array, resets: Array | None
+) -> tuple[Array, Array]:
+    """`selective_scan` by an associative scan a chunk, on any device."""
+    length = x.shape[1]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(h, xs):
@@ -303,6 +381,10 @@ def selective_scan(
     parts = tuple(None if part is None else split(part, chunk) for part in (x, dt, b, c, resets))
     h, y = jax.lax.scan(body, h0, parts)
     return join(y, length), h
+
+
+SELECTIVE: Mapping[str, Callable[..., tuple[Array, Array]]] = {"pallas": _by_kernels, "chunks": _by_chunks}
+"""Implementations of the selective scan in the order in which they are tried; NotImplementedError: the next one."""
 
 
 def _selective_on_spans(chunk: int, tokens: tuple, shared: tuple[Array, Array], chain: Chain) -> tuple[Array, Array]:

@@ -21,6 +21,18 @@ def auto_mesh() -> AbstractMesh | None:
     return mesh if set(mesh.axis_types) == {AxisType.Auto} else None
 
 
+def require_one_device() -> None:
+    """For kernels, which are programs of one device.
+
+    Raises:
+        NotImplementedError: the compiler divides the program that is being traced over several devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = (size for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if kind != AxisType.Manual)
+    if (count := math.prod(sizes)) > 1:
+        raise NotImplementedError(f"the program is one over {count} devices, not inside shard_map")
+
+
 def axis_sizes(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[int, ...]:
     """The sizes of mesh axes, 1 for those that the mesh lacks."""
     return tuple(mesh.shape.get(axis, 1) for axis in axes)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxlong.core.types import BadInput
 from jaxlong.parallel.layout import parts
-from jaxlong.parallel.manual import auto_mesh, vary_alike
+from jaxlong.parallel.manual import auto_mesh, dividing, vary_alike
 from jaxlong.parallel.mesh import RULES, partition
 from jaxlong.parallel.prefix import Chain, moved
 
@@ -63,8 +65,46 @@ def over_spans(step: Callable[[Any, Any, Chain], tuple[Any, Any]], tokens: Any, 
         mesh=mesh,
         in_specs=(P(batch, chain.axes), P()),
         out_specs=(P(batch, chain.axes), P(batch)),
-        axis_names={*batch, *chain.axes},
+        axis_names={*batch, *chain.axes, *(axis for axis, size in mesh.shape.items() if size == 1)},
     )(tokens, shared)
+
+
+def over_rows(
+    step: Callable[..., tuple[Array, ...]],
+    arrays: Sequence[Array | None],
+    names: Sequence[tuple[str | None, ...]],
+    like: Sequence[int],
+) -> tuple[Array, ...]:
+    """`step(*arrays)` on what each device of the mesh of `jax.set_mesh` holds of rows, heads and widths, for kernels:
+    these are programs of one device. Without a mesh, or inside `jax.shard_map` over all its axes, it is just that.
+
+    An axis of the mesh that does not divide a dimension is left out of it. No token is split from its row.
+
+    Args:
+        names: of the first dimensions of each array (`parallel.mesh.RULES`); arrays without names are shared.
+        like: the arrays by which results are split, one each.
+
+    Raises:
+        NotImplementedError: inside `jax.shard_map` over some axes, where a second one cannot be for the others.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if set(mesh.axis_types) <= {AxisType.Manual}:
+        return step(*vary_alike(tuple(arrays)))
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise NotImplementedError("the program is inside shard_map for some axes of its mesh only")
+
+    def axes(name: str | None, size: int) -> tuple[str, ...]:
+        rule = RULES[name] if name is not None else None
+        return dividing(mesh, (rule,) if isinstance(rule, str) else (rule or ()), size)
+
+    spec = lambda x, named: None if x is None else P(*map(axes, named, x.shape))
+    specs = tuple(spec(x, named) for x, named in zip(arrays, names, strict=True))
+    return jax.shard_map(
+        lambda *arrays: step(*vary_alike(arrays)),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=tuple(specs[i] for i in like),
+    )(*arrays)
 
 
 def to_text(tokens: Any, layout: str) -> Any:

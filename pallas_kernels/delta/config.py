@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jax.experimental import pallas as pl
 
@@ -42,3 +43,22 @@ def cost(
     return pl.CostEstimate(
         flops=times * flops, transcendentals=times * 7 * tokens * key_dim, bytes_accessed=times * moved
     )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What may be tuned on a TPU; no result depends on it beyond rounding.
+
+    Args:
+        chunks: that one step of a program unrolls, even. Backward they are held in VMEM at once, 1 to 2 MiB each, and
+            the states at the entries of every so many chunks are kept from forward to backward.
+        interpret: simulates the kernels on any device (`pl.pallas_call`).
+    """
+
+    chunks: int = 4
+    interpret: Any = False
+
+    @classmethod
+    def of(cls, key_dim: int, value_dim: int) -> Blocks:
+        """As many as the TPU compiler fits into the VMEM that v5e grants a program; not measured on a TPU."""
+        return cls(4 if max(key_dim, value_dim) <= 128 else 2)

@@ -39,3 +39,26 @@ def reference(
 
     s, o = jax.lax.scan(step, s0, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, beta, resets)))
     return jnp.moveaxis(o, 0, 1), s
+
+
+def linear(
+    q: Array, k: Array, v: Array, log_decay: Array, s0: Array | None = None, resets: Array | None = None
+) -> tuple[Array, Array]:
+    """Linear attention with decay, S_t = Diag(exp(log_decay_t)) S_(t-1) + k_t v_t^T; the rest as `reference`.
+
+    q and k may be of fewer heads that divide those of v: Mamba-2, arXiv 2405.21060.
+    """
+    q, k, v, g = (x.astype(jnp.float32) for x in (q, k, v, log_decay))
+    (batch, length, heads, value_dim), key_dim = v.shape, k.shape[-1]
+    q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
+    g = g if g.ndim == 4 else g[..., None]
+    s0 = jnp.zeros((batch, heads, key_dim, value_dim)) if s0 is None else s0.astype(jnp.float32)
+    resets = jnp.zeros((batch, length), bool) if resets is None else resets
+
+    def step(s: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v, g, reset = token
+        s = jnp.exp(g)[..., None] * jnp.where(reset[:, None, None, None], 0, s) + k[..., None] * v[..., None, :]
+        return s, jnp.einsum("bhk,bhkv->bhv", q, s, precision="highest")
+
+    s, o = jax.lax.scan(step, s0, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, resets)))
+    return jnp.moveaxis(o, 0, 1), s

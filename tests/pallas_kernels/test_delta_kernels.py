@@ -110,7 +110,7 @@ def test_the_op_says_once_why_a_kernel_gives_way(caplog):
     with caplog.at_level("INFO", logger="jaxlong.ops.attend"):
         for _ in range(2):
             o, _ = delta_rule(q, k, v, g, beta, s0=s0)
-    assert sum("hopper: " in line for line in caplog.messages) == 1
+    assert sum("pallas: " in line for line in caplog.messages) == 1
     assert off(o, reference(q, k, v, g, beta, s0)[0]) < 1e-5
 
 
