@@ -56,7 +56,7 @@ def attention(
 def in_parts(parts: Any, setting: Setting, inputs: Inputs, config: Config) -> tuple[Array, Array]:
     """Attention by `parts` (of `tpu.py` or `twin.py`), merged with each other, with slots that are left, and sinks."""
     inputs, left = cut(inputs, config.block)
-    out, lse = parts(setting, inputs, blocks(setting, inputs, config.block, config.form), config)
+    out, lse = parts(setting, inputs, blocks(setting, inputs, config.block), config)
     if left is not None:
         wide = Setting(setting.mask, setting.scale, setting.soft_cap, jnp.float32, setting.value_dim)
         more = ref.attention(wide, left._replace(sinks=None))

@@ -25,7 +25,7 @@ QUERIES = 8
 """Queries a row at most: what they see of a slot are the low bits of its code."""
 
 HEAD = 1 << QUERIES
-"""A line's code is HEAD * key head + the bits of the queries that see its slot. 256 heads at most: float32 holds it."""
+"""A line's code is HEAD * key head + the bits of the queries that see its slot."""
 
 LANES = 128
 """Slots of a block are a multiple of it."""
@@ -94,14 +94,14 @@ class Blocks(NamedTuple):
     order: [B n] the blocks of which some query sees a slot, then the others; both parts ascending.
     count: [B] how many are visited.
     pieces: [B n P] the pages of each block, or its first slot (P = 1).
-    lines: [B n F X] float32, of each line: its code; factors of keys, and of values; how far its position is behind the
-        row's first query. The last three where they are needed; factors are a row for each group of queries.
+    told: [B n F block/128 128] float32, of each slot: its code; K factors of keys, and K of values; how far its position
+        is behind the row's first query. The last three where they are needed.
     """
 
     order: Array
     count: Array
     pieces: Array
-    lines: Array
+    told: Array
 
 
 def cut(inputs: Inputs, block: int) -> tuple[Inputs, Inputs | None]:
@@ -134,7 +134,7 @@ def _some(inputs: Inputs, start: int, stop: int) -> Inputs:
     return found._replace(k=some(inputs.k), v=some(inputs.v)) if start else found
 
 
-def blocks(setting: Setting, inputs: Inputs, block: int, form: str) -> Blocks:
+def blocks(setting: Setting, inputs: Inputs, block: int) -> Blocks:
     """The blocks of what the kernel takes (`cut`). Where the slots do not fill the last one it begins earlier, and what
     it shares with the one before is masked in it."""
     length = inputs.k_positions.shape[1]
@@ -149,7 +149,7 @@ def blocks(setting: Setting, inputs: Inputs, block: int, form: str) -> Blocks:
         jnp.argsort(~visited, axis=-1, stable=True).astype(jnp.int32),
         visited.sum(-1, dtype=jnp.int32),
         _pieces(inputs, block, count, length),
-        _lines(inputs, split, codes, form),
+        _told(inputs, split, codes),
     )
 
 
@@ -189,21 +189,16 @@ def _real(inputs: Inputs) -> Array:
     return jnp.clip(inputs.pages.astype(jnp.int32), 0, inputs.k.shape[0] - 1)
 
 
-def _lines(inputs: Inputs, split: Callable[[Array], Array], codes: Array, form: str) -> Array:
+def _told(inputs: Inputs, split: Callable[[Array], Array], codes: Array) -> Array:
     heads = inputs.k.shape[2]
-    # [B n X (K or 1)] to [B n F X]
-    apart = lambda x: jnp.swapaxes(x, 2, 3)
-    mixed = lambda x: jnp.broadcast_to(x, (*codes.shape, heads)).reshape(*codes.shape[:2], 1, -1)
-    flat = mixed if form == "lines" else apart
-    of_heads = HEAD * jnp.arange(heads) if form == "lines" else 0
-    found = [flat(codes[..., None] + of_heads)]
+    found = [codes[..., None]]
     for factor in (inputs.k_scale, inputs.v_scale):
         if factor is not None:
-            factor = split(of_slots(inputs, factor))
-            found.append(flat(jnp.broadcast_to(factor, (*codes.shape, heads))))
+            found.append(jnp.broadcast_to(split(of_slots(inputs, factor)), (*codes.shape, heads)))
     if inputs.slopes is not None:
-        found.append(flat(split(inputs.k_positions - inputs.q_positions[:, :1])[..., None]))
-    return jnp.concatenate([x.astype(jnp.float32) for x in found], axis=2)
+        found.append(split(inputs.k_positions - inputs.q_positions[:, :1])[..., None])
+    rows = [jnp.swapaxes(x, 2, 3).astype(jnp.float32).reshape(*x.shape[:2], x.shape[3], -1, LANES) for x in found]
+    return jnp.concatenate(rows, axis=2)
 
 
 def of_slots(inputs: Inputs, factor: Array) -> Array:
@@ -225,6 +220,14 @@ def wanted(inputs: Inputs, form: str) -> Array:
     behind = (inputs.q_positions - inputs.q_positions[:, :1])[..., None]
     each = lambda x: jnp.broadcast_to(x, (B, T, H)).astype(jnp.float32)
     return jnp.stack([each(bit + HEAD * (HEAD - 1)), each(bit + head), each(slopes), each(behind)], -1)
+
+
+def spread(heads: int, form: str) -> tuple[Array, Array]:
+    """How 128 slots become lines: [128 X] bfloat16, 1 where a line is of a slot, and [1 X] float32, each line's head."""
+    lines = jnp.arange(LANES * (heads if form == "lines" else 1), dtype=jnp.int32)
+    slot, head = (lines // heads, lines % heads) if form == "lines" else (lines, jnp.zeros_like(lines))
+    of_slot = (slot == jnp.arange(LANES)[:, None]).astype(jnp.bfloat16)
+    return of_slot, head.astype(jnp.float32)[None]
 
 
 def grouped(x: Array, heads: int, form: str, fill: float = 0) -> Array:

@@ -39,7 +39,10 @@ class Config:
         queries = T * H * (heads if form == "lines" else 1)
         keys = heads * (C if form == "lanes" else -(-C // LANES) * LANES)
         block = BUFFER // max(4 * max(queries, 16), keys * item) // unit * unit
-        block = min(max(block, unit), _whole(inputs, unit))
+        whole = _whole(inputs, unit)
+        most = min(max(block, unit), whole)
+        # one that divides the cache, if that is no less than half as large
+        block = next((b for b in range(most, most // 2, -unit) if whole % b == 0), most)
         return cls(block, splits=2 if len(inputs.q) % 2 and inputs.slots >= 2 * block else 1, form=form)
 
 

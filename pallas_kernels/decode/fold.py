@@ -9,25 +9,33 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.decode.blocks import HEAD
+
 
 @dataclass(frozen=True)
 class Spec:
     """What is known while tracing.
 
+    heads: K.    mixed: whether lines are of all heads, or each group of queries has those of its own.
     lanes: whether keys and values are [dim, line] instead of [line, dim].
-    soft_cap, scale: of scores.    k_scale, v_scale, slopes: whether lines have factors and positions.
-    groups: of queries that meet the same lines, in a block.
+    soft_cap, scale: of scores.    k_scale, v_scale, slopes: whether slots have factors and positions.
     values: the dim of values.
     """
 
+    heads: int
+    mixed: bool
     lanes: bool
     scale: float
     soft_cap: float | None
     k_scale: bool
     v_scale: bool
     slopes: bool
-    groups: int
     values: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of queries."""
+        return 1 if self.mixed else self.heads
 
 
 class Carry(NamedTuple):
@@ -51,14 +59,58 @@ def finish(carry: Carry) -> tuple[Array, Array]:
     return carry.sums / safe, jnp.where(empty, -jnp.inf, carry.top + jnp.log(safe))
 
 
-def fold(spec: Spec, group: int, q: Array, want: Array, k: Array, v: Array, lines: Array, carry: Carry) -> Carry:
+class Lines(NamedTuple):
+    """What a group's lines are, [1 X] each: codes; factors of keys and of values; positions. None where not needed."""
+
+    code: Any
+    k_scale: Any
+    v_scale: Any
+    behind: Any
+
+
+def lines_of(spec: Spec, group: int, told: Array, of_slot: Array, of_head: Array) -> Lines:
+    """Lines from slots: `blocks.Blocks.told` of a block, and `blocks.spread`."""
+    factors, at = [], 1
+    for there in (spec.k_scale, spec.v_scale):
+        factors.append(told[at : at + spec.heads] if there else None)
+        at += spec.heads * there
+    behind = told[at] if spec.slopes else None
+    if not spec.mixed:
+        own = [None if factor is None else factor[group] for factor in factors]
+        return Lines(*(None if x is None else _row(x) for x in (told[0], *own, behind)))
+    code = _exactly(told[0], of_slot, 1) + HEAD * of_head
+    mixed = [None if factor is None else _mixed(factor, of_slot, of_head) for factor in factors]
+    behind = None if behind is None else _exactly(behind, of_slot, 3)
+    return Lines(*(None if x is None else _row(x) for x in (code, *mixed, behind)))
+
+
+def _mixed(factor: Array, of_slot: Array, of_head: Array) -> Array:
+    """[K m 128] of slots to [m X]: of each line, that of its head."""
+    return sum(jnp.where(of_head == h, _exactly(of, of_slot, 3), 0.0) for h, of in enumerate(factor))
+
+
+def _exactly(x: Array, of_slot: Array, parts: int) -> Array:
+    """Each slot's number at all of its lines, by a product: float32 is the sum of three bfloat16."""
+    found = 0.0
+    for _ in range(parts):
+        part = x.astype(jnp.bfloat16)
+        found, x = found + _product(part, of_slot, across=False), x - part.astype(jnp.float32)
+    return found
+
+
+def _row(x: Array) -> Array:
+    """[m w] as [1 m * w]."""
+    return jnp.concatenate([x[i : i + 1] for i in range(len(x))], axis=1)
+
+
+def fold(spec: Spec, q: Array, want: Array, k: Array, v: Array, lines: Lines, carry: Carry) -> Carry:
     """One more block.
 
     Args:
-        q: [R C] of the group.    want: [R 4], as `blocks.wanted` says.
-        k, v: [X C] and [X V], or [C X] and [V X].    lines: [F X], as `blocks.Blocks` says.
+        q: [R C] of a group.    want: [R 4], as `blocks.wanted` says.
+        k, v: [X C] and [X V], or [C X] and [V X].
     """
-    code, k_scale, v_scale, behind = _told(spec, group, lines)
+    code, k_scale, v_scale, behind = lines
     scores = _product(q, k.astype(q.dtype), across=not spec.lanes) * spec.scale
     if spec.k_scale:
         scores = scores * k_scale
@@ -75,15 +127,6 @@ def fold(spec: Spec, group: int, q: Array, want: Array, k: Array, v: Array, line
     total = carry.total * decay + weights.sum(1, keepdims=True)
     weights = (weights * v_scale if spec.v_scale else weights).astype(q.dtype)
     return Carry(carry.sums * decay + _weighted(spec, weights, seen, v), top, total)
-
-
-def _told(spec: Spec, group: int, lines: Array) -> list[Array | None]:
-    """The rows of `lines`: code, factors of keys and values, positions."""
-    found, at = [lines[0:1]], 1
-    for there in (spec.k_scale, spec.v_scale):
-        found.append(lines[at + group : at + group + 1] if there else None)
-        at += spec.groups * there
-    return [*found, lines[at : at + 1] if spec.slopes else None]
 
 
 def _weighted(spec: Spec, weights: Array, seen: Array, values: Array) -> Array:

@@ -18,17 +18,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode.blocks import Blocks, Inputs, Setting, by_token, grouped, view, wanted
+from pallas_kernels.decode.blocks import Blocks, Inputs, Setting, by_token, grouped, spread, view, wanted
 from pallas_kernels.decode.config import Config, cost
-from pallas_kernels.decode.fold import Carry, Spec, finish, fold, start
+from pallas_kernels.decode.fold import Carry, Spec, finish, fold, lines_of, start
 
 
 class Held(NamedTuple):
-    """Keys, values (None: a part of the keys) and what lines are: in HBM, or in VMEM, or the semaphores of copies."""
+    """Keys, values (None: a part of the keys) and what is told of slots: in HBM, or blocks of them in VMEM."""
 
     k: Any
     v: Any
-    lines: Any
+    told: Any
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ def parts(setting: Setting, inputs: Inputs, found: Blocks, config: Config, inter
     spec = spec_of(setting, inputs, form)
     q = grouped(inputs.q, heads, form)
     want = grouped(wanted(inputs, form), heads, form, fill=-1)
-    n, pieces, (features, X) = found.order.shape[1], found.pieces.shape[2], found.lines.shape[2:]
-    plan = Plan(spec, config, n, pieces, X // pieces, heads if form == "lines" else 1, inputs.pages is not None)
-    held = Held(view(inputs.k, form), None if inputs.v is None else view(inputs.v, form), found.lines)
+    n, pieces, unit = found.order.shape[1], found.pieces.shape[2], heads if spec.mixed else 1
+    X = config.block * unit
+    plan = Plan(spec, config, n, pieces, X // pieces, unit, inputs.pages is not None)
+    held = Held(view(inputs.k, form), None if inputs.v is None else view(inputs.v, form), found.told)
     (g, R), V = q.shape[1:3], spec.values
+    tables = spread(heads, form)
     own = lambda c: pl.BlockSpec((1, g, R, c), lambda b, *_: (b, 0, 0, 0))
     of_part = lambda c: pl.BlockSpec((1, 1, g, R, c), lambda b, s, *_: (b, s, 0, 0, 0))
     lying = lambda dim: (dim, X) if spec.lanes else (X, dim)
@@ -62,7 +64,7 @@ def parts(setting: Setting, inputs: Inputs, found: Blocks, config: Config, inter
     scratch = Held(
         room((g, *lying(C)), inputs.k.dtype),
         None if inputs.v is None else room((g, *lying(V)), inputs.v.dtype),
-        room((features, X), jnp.float32),
+        room(found.told.shape[2:], jnp.float32),
     )
     out, lse = pl.pallas_call(
         partial(_program, plan),
@@ -70,7 +72,12 @@ def parts(setting: Setting, inputs: Inputs, found: Blocks, config: Config, inter
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, config.splits),
-            in_specs=[own(C), own(4), jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.HBM), held)],
+            in_specs=[
+                own(C),
+                own(4),
+                jax.tree.map(lambda x: pl.BlockSpec(x.shape, lambda *_: (0, 0)), tables),
+                jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.HBM), held),
+            ],
             out_specs=[of_part(V), of_part(1)],
             scratch_shapes=[
                 scratch,
@@ -82,20 +89,20 @@ def parts(setting: Setting, inputs: Inputs, found: Blocks, config: Config, inter
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=cost(setting, inputs),
         interpret=interpret,
-    )(found.order.reshape(-1), found.count, found.pieces.reshape(-1), q, want, held)
+    )(found.order.reshape(-1), found.count, found.pieces.reshape(-1), q, want, tables, held)
     return by_token(out, T, H, heads), by_token(lse, T, H, heads)[..., 0]
 
 
 def spec_of(setting: Setting, inputs: Inputs, form: str) -> Spec:
     """What the arithmetic of a block needs to know."""
     there = tuple(x is not None for x in (inputs.k_scale, inputs.v_scale, inputs.slopes))
-    groups = 1 if form == "lines" else inputs.k.shape[2]
-    return Spec(form == "lanes", setting.scale, setting.soft_cap, *there, groups, setting.values(inputs))
+    heads, order = inputs.k.shape[2], (form == "lines", form == "lanes")
+    return Spec(heads, *order, setting.scale, setting.soft_cap, *there, setting.values(inputs))
 
 
-def _program(plan: Plan, order: Any, count: Any, table: Any, q: Any, want: Any, held: Held, *rest: Any) -> None:
+def _program(plan: Plan, order: Any, count: Any, table: Any, *refs: Any) -> None:
     """Folds the visited blocks first..last - 1 of row b."""
-    out, lse, here, carry, arrived = rest
+    q, want, tables, held, out, lse, here, carry, arrived = refs
     config, spec = plan.config, plan.spec
     b, part = pl.program_id(0), pl.program_id(1)
     each = (count[b] + config.splits - 1) // config.splits
@@ -105,7 +112,7 @@ def _program(plan: Plan, order: Any, count: Any, table: Any, q: Any, want: Any, 
     def copies(i: Any) -> list[Any]:
         slot = lax.rem(i - first, config.stages)
         block = order[b * plan.blocks + i]
-        found = [pltpu.make_async_copy(held.lines.at[b, block], here.lines.at[slot], arrived.at[slot])]
+        found = [pltpu.make_async_copy(held.told.at[b, block], here.told.at[slot], arrived.at[slot])]
         for source, room in ((held.k, here.k), (held.v, here.v)):
             if source is not None:
                 for p in range(plan.pieces):
@@ -134,8 +141,9 @@ def _program(plan: Plan, order: Any, count: Any, table: Any, q: Any, want: Any, 
         for group in range(spec.groups):
             k = here.k[slot, group]
             v = (k[: spec.values] if spec.lanes else k[:, : spec.values]) if here.v is None else here.v[slot, group]
+            lines = lines_of(spec, group, here.told[slot], *(x[...] for x in tables))
             so_far = Carry(*(room[group] for room in carry))
-            found = fold(spec, group, q[0, group], want[0, group], k, v, here.lines[slot], so_far)
+            found = fold(spec, q[0, group], want[0, group], k, v, lines, so_far)
             for room, value in zip(carry, found, strict=True):
                 room[group] = value
 

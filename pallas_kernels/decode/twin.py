@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.decode.blocks import Blocks, Inputs, Setting, by_token, grouped, view, wanted
+from pallas_kernels.decode.blocks import Blocks, Inputs, Setting, by_token, grouped, spread, view, wanted
 from pallas_kernels.decode.config import Config
-from pallas_kernels.decode.fold import finish, fold, start
+from pallas_kernels.decode.fold import finish, fold, lines_of, start
 from pallas_kernels.decode.tpu import spec_of
 
 
@@ -20,8 +20,8 @@ def parts(setting: Setting, inputs: Inputs, found: Blocks, config: Config) -> tu
     lines = lambda x: jnp.swapaxes(view(x, form), 2, 3) if spec.lanes else view(x, form)
     keys = lines(inputs.k)
     values = keys[..., : spec.values] if inputs.v is None else lines(inputs.v)
-    size = found.lines.shape[-1] // found.pieces.shape[2]
-    unit = heads if form == "lines" else 1
+    unit = heads if spec.mixed else 1
+    size, tables = config.block * unit // found.pieces.shape[2], spread(heads, form)
 
     def block(x: Array, b: int, j: Array, group: int) -> Array:
         if inputs.pages is not None:
@@ -36,7 +36,8 @@ def parts(setting: Setting, inputs: Inputs, found: Blocks, config: Config) -> tu
         def step(i, carry):
             j = found.order[b, i]
             k, v = block(keys, b, j, group), block(values, b, j, group)
-            return fold(spec, group, q[b, group], want[b, group], k, v, found.lines[b, j], carry)
+            lines = lines_of(spec, group, found.told[b, j], *tables)
+            return fold(spec, q[b, group], want[b, group], k, v, lines, carry)
 
         last = jnp.minimum((s + 1) * each, found.count[b])
         return finish(lax.fori_loop(s * each, last, step, start(q.shape[2], spec.values)))
