@@ -16,7 +16,7 @@ from jax import Array
 
 from pallas_kernels import machine
 from pallas_kernels.decode import ref
-from pallas_kernels.decode.blocks import HEAD, LANES, QUERIES, Inputs, Setting, blocks, cut, merged
+from pallas_kernels.decode.blocks import HEAD, LANES, QUERIES, Inputs, Setting, blocks_of, cut, merged
 from pallas_kernels.decode.config import Config, grain
 from pallas_kernels.plan import Predicate
 
@@ -56,7 +56,7 @@ def attention(
 def in_parts(parts: Any, setting: Setting, inputs: Inputs, config: Config) -> tuple[Array, Array]:
     """Attention by `parts` (of `tpu.py` or `twin.py`), merged with each other, with slots that are left, and sinks."""
     inputs, left = cut(inputs, config.block)
-    out, lse = parts(setting, inputs, blocks(setting, inputs, config.block), config)
+    out, lse = parts(setting, inputs, blocks_of(setting, inputs, config.block), config)
     if left is not None:
         wide = Setting(setting.mask, setting.scale, setting.soft_cap, jnp.float32, setting.value_dim)
         more = ref.attention(wide, left._replace(sinks=None))
@@ -107,9 +107,7 @@ def paged_attention(
     q_segments = jnp.where(q_positions < 0, -1, 0)
     setting = Setting(mask, C**-0.5 if scale is None else scale, soft_cap, q.dtype, value_dim)
     q_positions = jnp.maximum(q_positions, 0)
-    inputs = Inputs(
-        q, k, v, q_positions, places, q_segments, k_segments, slopes, sinks, k_scale, v_scale, pages
-    )
+    inputs = Inputs(q, k, v, q_positions, places, q_segments, k_segments, slopes, sinks, k_scale, v_scale, pages)
     return attention(setting, inputs, config, interpret)
 
 
@@ -126,7 +124,7 @@ def _shapes(setting: Setting, inputs: Inputs) -> str | None:
         return f"{T} queries a row, not 1 to {QUERIES}"
     if T * H > ROWS:
         return f"{T} queries of {H} heads, together more than {ROWS}"
-    if C != of_keys or H % K or K > HEAD:
+    if of_keys != C or H % K or K > HEAD:
         return f"queries of {H} heads of {C} to keys of {K} heads of {of_keys}"
     if inputs.v is None and not 0 < (setting.value_dim or 0) <= C:
         return f"no values, and {setting.value_dim} of {C} columns of keys for them"
@@ -159,11 +157,13 @@ def _types(inputs: Inputs) -> str | None:
 
 def _config(inputs: Inputs, config: Config) -> str | None:
     slots, unit = inputs.slots, grain(inputs)
-    if config.block % unit or inputs.pages is None and config.block > slots:
+    if config.block % unit or (inputs.pages is None and config.block > slots):
         return f"blocks of {config.block} of {slots} slots, not a multiple of {unit} and no more than these"
     if config.stages < 2 or config.splits < 1:
         return f"{config.stages} blocks in memory and {config.splits} parts, not at least 2 and 1"
-    table = len(inputs.q) * -(-slots // config.block) * (1 if inputs.pages is None else config.block // inputs.k.shape[1])
+    table = (
+        len(inputs.q) * -(-slots // config.block) * (1 if inputs.pages is None else config.block // inputs.k.shape[1])
+    )
     if table > TABLE:
         return f"a table of {table} pages or blocks, more than {TABLE}; larger pages make it smaller"
     rows = inputs.k.shape[1] * (inputs.k.shape[2] if config.form == "lines" else 1)

@@ -3,11 +3,11 @@
 Queries are few, so what they see is found before the kernel, a bit a query and slot (`code`); any mask is taken whose
 heads agree, and blocks of which nothing is seen are not read.
 
-Caches hold the key heads of a token side by side. Where these are "lines", slot s of head h is line s K + h of a matrix;
-a block is copied as it lies and every query meets every line of it, those of other heads masked like slots out of
-sight. On a matrix unit that costs nothing: a tile of keys is loaded for many queries as for one. Dims that are no
-multiple of 128 and head counts that fill no tile are laid out in another order by the TPU's compiler; taking them in
-any other than their own would copy the cache.
+Caches hold the key heads of a token side by side. As "lines", slot s of head h is line s K + h of a matrix; a block is
+copied as it lies and every query meets every line of it, those of other heads masked like slots out of sight. On a
+matrix unit that costs nothing: a tile of keys is loaded for many queries as for one. Dims that are no multiple of 128,
+and heads too few to fill a tile, the TPU's compiler lays out in another order; taken in any other than that, the whole
+cache would be copied.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class Blocks(NamedTuple):
     order: [B n] the blocks of which some query sees a slot, then the others; both parts ascending.
     count: [B] how many are visited.
     pieces: [B n P] the pages of each block, or its first slot (P = 1).
-    told: [B n F block/128 128] float32, of each slot: its code; K factors of keys, and K of values; how far its position
-        is behind the row's first query. The last three where they are needed.
+    told: [B n F block/128 128] float32, of each slot: its code; K factors of keys, and K of values; how far its
+        position is behind the row's first query. The last three where they are needed.
     """
 
     order: Array
@@ -109,7 +109,10 @@ def cut(inputs: Inputs, block: int) -> tuple[Inputs, Inputs | None]:
     sees, and of other caches fewer than 128 slots are left, since transfers have that grain."""
     if inputs.pages is None:
         left = inputs.slots % LANES
-        return (_some(inputs, 0, inputs.slots - left), _some(inputs, inputs.slots - left, inputs.slots) if left else None)
+        return (
+            _some(inputs, 0, inputs.slots - left),
+            _some(inputs, inputs.slots - left, inputs.slots) if left else None,
+        )
     over = -inputs.slots % block
     if not over:
         return inputs, None
@@ -134,7 +137,7 @@ def _some(inputs: Inputs, start: int, stop: int) -> Inputs:
     return found._replace(k=some(inputs.k), v=some(inputs.v)) if start else found
 
 
-def blocks(setting: Setting, inputs: Inputs, block: int) -> Blocks:
+def blocks_of(setting: Setting, inputs: Inputs, block: int) -> Blocks:
     """The blocks of what the kernel takes (`cut`). Where the slots do not fill the last one it begins earlier, and what
     it shares with the one before is masked in it."""
     length = inputs.k_positions.shape[1]
@@ -223,7 +226,7 @@ def wanted(inputs: Inputs, form: str) -> Array:
 
 
 def spread(heads: int, form: str) -> tuple[Array, Array]:
-    """How 128 slots become lines: [128 X] bfloat16, 1 where a line is of a slot, and [1 X] float32, each line's head."""
+    """How 128 slots become lines: [128 X] bfloat16, 1 where a line is of a slot, and each line's head [1 X] float32."""
     lines = jnp.arange(LANES * (heads if form == "lines" else 1), dtype=jnp.int32)
     slot, head = (lines // heads, lines % heads) if form == "lines" else (lines, jnp.zeros_like(lines))
     of_slot = (slot == jnp.arange(LANES)[:, None]).astype(jnp.bfloat16)

@@ -58,7 +58,7 @@ def form_of(setting: Setting, inputs: Inputs) -> str:
     if any(dim % LANES for dim in dims):
         return "lanes" if length % LANES == 0 or inputs.pages is None else "lines"
     packed = 4 // jnp.dtype(inputs.k.dtype).itemsize
-    return "lines" if heads == 1 or heads % 8 == 0 or heads in (2, 4) and heads >= packed else "heads"
+    return "lines" if heads == 1 or heads % 8 == 0 or (heads in (2, 4) and heads >= packed) else "heads"
 
 
 def search_space(setting: Setting, inputs: Inputs) -> tuple[Config, ...]:
