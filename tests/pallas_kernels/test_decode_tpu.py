@@ -25,7 +25,7 @@ MIB = 2**20
 BF16 = jnp.bfloat16
 
 
-def cache(*, B=8, T=1, H=32, K=8, C=128, V=128, S=131072, stored=BF16, mask=causal(), extras=(), latent=False):
+def cache(*, B=8, T=1, H=32, K=8, C=128, V=128, S=131072, stored=BF16, mask=None, extras=(), latent=False):
     """Attention to a ring buffer, and what it takes."""
     shapes = {
         "q": ((B, T, H, C), BF16),
@@ -39,7 +39,7 @@ def cache(*, B=8, T=1, H=32, K=8, C=128, V=128, S=131072, stored=BF16, mask=caus
     if stored != BF16:
         shapes |= {"k_scale": ((B, S, K), jnp.float32), "v_scale": ((B, S, K), jnp.float32)}
     shapes |= {name: ((H,), jnp.float32) for name in extras}
-    setting = Setting(mask, C**-0.5, None, jnp.dtype(BF16), V if latent else None)
+    setting = Setting(mask or causal(), C**-0.5, None, jnp.dtype(BF16), V if latent else None)
     return lambda given: decode.attention(setting, Inputs(**given)), shapes
 
 
