@@ -12,7 +12,7 @@ from pallas_kernels.decode.blocks import LANES, Inputs, Setting
 
 BUFFER = 2**20
 """Bytes of a block of keys, and of its scores. Two blocks of keys and of values and a few copies of the scores lie in
-VMEM, of which a kernel may use 16 MiB."""
+VMEM."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ from pallas_kernels.decode.blocks import Blocks, Inputs, Setting, by_token, grou
 from pallas_kernels.decode.config import Config, cost
 from pallas_kernels.decode.fold import Carry, Spec, finish, fold, lines_of, start
 
+VMEM = 32 * 2**20
+"""Bytes of VMEM that a program may use, of 64 MiB or more on the chips that are meant (v5e, v5p, v6e). Half of it is
+enough, but where a row has hundreds of queries."""
+
 
 class Held(NamedTuple):
     """Keys, values (None: a part of the keys) and what is told of slots: in HBM, or blocks of them in VMEM."""
@@ -86,7 +90,7 @@ def parts(setting: Setting, inputs: Inputs, found: Blocks, config: Config, inter
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct((B, config.splits, g, R, c), jnp.float32) for c in (V, 1)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM),
         cost_estimate=cost(setting, inputs),
         interpret=interpret,
     )(found.order.reshape(-1), found.count, found.pieces.reshape(-1), q, want, tables, held)
