@@ -19,6 +19,7 @@ class Spec:
     heads: K.    mixed: whether lines are of all heads, or each group of queries has those of its own.
     lanes: whether keys and values are [dim, line] instead of [line, dim].
     soft_cap, scale: of scores.    k_scale, v_scale, slopes: whether slots have factors and positions.
+    both: whether values are a part of the keys, with their factors.
     values: the dim of values.
     """
 
@@ -30,6 +31,7 @@ class Spec:
     k_scale: bool
     v_scale: bool
     slopes: bool
+    both: bool
     values: int
 
     @property
@@ -75,13 +77,14 @@ def lines_of(spec: Spec, group: int, told: Array, of_slot: Array, of_head: Array
         factors.append(told[at : at + spec.heads] if there else None)
         at += spec.heads * there
     behind = told[at] if spec.slopes else None
-    if not spec.mixed:
-        own = [None if factor is None else factor[group] for factor in factors]
-        return Lines(*(None if x is None else _row(x) for x in (told[0], *own, behind)))
-    code = _exactly(told[0], of_slot, 1) + HEAD * of_head
-    mixed = [None if factor is None else _mixed(factor, of_slot, of_head) for factor in factors]
-    behind = None if behind is None else _exactly(behind, of_slot, 3)
-    return Lines(*(None if x is None else _row(x) for x in (code, *mixed, behind)))
+    if spec.mixed:
+        code = _exactly(told[0], of_slot, 1) + HEAD * of_head
+        factors = [None if factor is None else _mixed(factor, of_slot, of_head) for factor in factors]
+        behind = None if behind is None else _exactly(behind, of_slot, 3)
+    else:
+        code, factors = told[0], [None if factor is None else factor[group] for factor in factors]
+    code, k_scale, v_scale, behind = (None if x is None else _row(x) for x in (code, *factors, behind))
+    return Lines(code, k_scale, k_scale if spec.both else v_scale, behind)
 
 
 def _mixed(factor: Array, of_slot: Array, of_head: Array) -> Array:
@@ -112,7 +115,7 @@ def fold(spec: Spec, q: Array, want: Array, k: Array, v: Array, lines: Lines, ca
     """
     code, k_scale, v_scale, behind = lines
     scores = _product(q, k.astype(q.dtype), across=not spec.lanes) * spec.scale
-    if spec.k_scale:
+    if k_scale is not None:
         scores = scores * k_scale
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
@@ -125,7 +128,7 @@ def fold(spec: Spec, q: Array, want: Array, k: Array, v: Array, lines: Lines, ca
     pivot = jnp.where(top == -jnp.inf, 0.0, top)
     weights, decay = jnp.exp(scores - pivot), jnp.exp(carry.top - pivot)
     total = carry.total * decay + weights.sum(1, keepdims=True)
-    weights = (weights * v_scale if spec.v_scale else weights).astype(q.dtype)
+    weights = (weights if v_scale is None else weights * v_scale).astype(q.dtype)
     return Carry(carry.sums * decay + _weighted(spec, weights, seen, v), top, total)
 
 

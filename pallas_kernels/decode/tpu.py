@@ -101,7 +101,7 @@ def spec_of(setting: Setting, inputs: Inputs, form: str) -> Spec:
     """What the arithmetic of a block needs to know."""
     there = tuple(x is not None for x in (inputs.k_scale, inputs.v_scale, inputs.slopes))
     heads, order = inputs.k.shape[2], (form == "lines", form == "lanes")
-    return Spec(heads, *order, setting.scale, setting.soft_cap, *there, setting.values(inputs))
+    return Spec(heads, *order, setting.scale, setting.soft_cap, *there, inputs.v is None, setting.values(inputs))
 
 
 def _program(plan: Plan, order: Any, count: Any, table: Any, *refs: Any) -> None:
