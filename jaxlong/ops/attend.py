@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from jaxlong.core.mask import Mask
 from jaxlong.core.types import BadInput
 from jaxlong.ops.blockwise import blockwise, blockwise_backward
+from jaxlong.ops.decode import FEW_QUERIES, decode
 from jaxlong.ops.dense import accumulator, dense
 from jaxlong.ops.flash import flash, flash_backward
 from jaxlong.parallel.attention import STRATEGIES, sequence_attention
@@ -28,7 +29,12 @@ from jaxlong.parallel.partial import Gradients, Meta, recomputed
 from jaxlong.parallel.partial import merge as merge
 from pallas_kernels.machine import platform
 
-KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {"dense": dense, "blockwise": blockwise, "flash": flash}
+KERNELS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
+    "dense": dense,
+    "blockwise": blockwise,
+    "flash": flash,
+    "decode": decode,
+}
 """Implementations by name. All take the arguments of `dense`; NotImplementedError says that one cannot take these."""
 
 BACKWARDS: Mapping[str, Callable[..., tuple[Array | None, ...]]] = {
@@ -221,7 +227,7 @@ class Local:
         return {"mask": self.mask, "scale": self.scale, "soft_cap": self.soft_cap} | of_meta
 
     def _first(self, q: Array, k: Array, run: Callable[[str], Any]) -> Any:
-        return first_taken("attend", _order(self.kernel, q.shape[1] * k.shape[1]), run)
+        return first_taken("attend", _order(self.kernel, q.shape[1], k.shape[1]), run)
 
 
 def over_mesh(
@@ -244,9 +250,10 @@ def _for_kernels(mesh: AbstractMesh, key_heads: int) -> bool:
     return mesh.size > 1 and platform() in ("gpu", "cuda", "tpu") and (key_heads == 1 or key_heads % tensor == 0)
 
 
-def _order(kernel: str | tuple[str, ...], scores: int) -> tuple[str, ...]:
+def _order(kernel: str | tuple[str, ...], queries: int, keys: int) -> tuple[str, ...]:
     if kernel == "auto":
-        names = ("dense", "blockwise") if scores <= DENSE_SCORES else ("flash", "blockwise", "dense")
+        names = ("dense", "blockwise") if queries * keys <= DENSE_SCORES else ("flash", "blockwise", "dense")
+        names = ("decode", *names) if queries <= FEW_QUERIES < keys else names
         return tuple(name for name in names if name in KERNELS)
     return (kernel,) if isinstance(kernel, str) else kernel
 

@@ -78,7 +78,7 @@ def test_auto_goes_by_the_number_of_scores(calls):
     ("make", "line"),
     [
         (lambda: Backend("blokwise"), r"backend.kernel: blokwise: .*; did you mean blockwise\?"),
-        (lambda: Backend(("dense", "auto")), "backend.kernel: auto: .*; one of dense, blockwise, flash"),
+        (lambda: Backend(("dense", "auto")), "backend.kernel: auto: .*; one of dense, blockwise, flash, decode"),
         (lambda: Backend(()), r"backend.kernel: \(\): nothing to try; .*"),
         (lambda: Backend(sequence="all-gather"), r"backend.sequence: all-gather: .*; did you mean all_gather\?"),
         (lambda: call(4, "dense", H=3), "heads: 3: not a multiple of the 2 key heads; .*"),
