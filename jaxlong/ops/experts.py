@@ -35,7 +35,8 @@ def mixture(
     columns = Columns.of(mesh, "expert", gate.shape[0])
 
     def local(tokens: Any, parts: Any, held: Any) -> Array:
-        (x, experts, weights), parts = vary_alike((tokens, parts))
+        # Tied together, the weights of several layers are not gathered at once; nor, backward, do gradients wait.
+        (x, experts, weights), parts = jax.lax.optimization_barrier(vary_alike((tokens, parts)))
         whole = (gathered(place, x.dtype, part).astype(x.dtype) for part, place in zip(parts, held, strict=True))
         return columns.sum(_of_device(x, experts - columns.first(parts[0].shape[0]), weights, *whole))
 
