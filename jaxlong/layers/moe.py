@@ -100,11 +100,12 @@ class MoE(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
             bias = self.param("selection_bias", init, (self.experts,), jnp.float32)
         experts = jax.lax.top_k(jax.lax.stop_gradient(scores + bias), self.top_k)[1]
-        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        # by comparison, not by indexing: the compiler can split that over tokens, and has it sooner
+        chosen = experts[..., None] == jnp.arange(self.experts)
+        weights = jnp.where(chosen, scores[..., None, :], 0).sum(-1)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-        # by comparison, not by indexing: the compiler can split that over tokens
-        load = (experts[..., None] == jnp.arange(self.experts)).sum((0, 1, 2), dtype=jnp.float32)
+        load = chosen.sum((0, 1, 2), dtype=jnp.float32)
         self._report(scores.reshape(-1, self.experts), bias, load / load.sum())
         return experts, weights * self.scale
 

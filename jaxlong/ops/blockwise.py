@@ -383,8 +383,13 @@ def _layout(static: _Static, floats: _Floats, ints: _Ints) -> tuple[_Queries, _K
 
 
 def _fit(length: int, block: int) -> int:
-    """The block for a length: as many blocks as asked for, of even size. A multiple of 8 if they pad anyway."""
+    """The block for a length: as many blocks as asked for, of even size. A multiple of 8 if they pad anyway.
+
+    The number is even beyond 256 tokens: a device's part of a zigzag row is two runs of text, and a block with some of
+    either would reach across all between them.
+    """
     blocks = -(-length // block)
+    blocks += blocks % 2 if length > 256 else 0
     even = -(-length // blocks)
     return even if even * blocks == length else min(block, -(-even // 8) * 8)
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from jaxlong.parallel.columns import Columns
 from jaxlong.parallel.manual import auto_mesh, vary_alike
+from jaxlong.parallel.partial import wide
 from jaxlong.parallel.tokens import gathered, token_map
 
 NAMES = (P("experts", "embed", "mlp"), P("experts", "embed", "mlp"), P("experts", "mlp", "embed"))
@@ -35,7 +36,8 @@ def mixture(
     columns = Columns.of(mesh, "expert", gate.shape[0])
 
     def local(tokens: Any, parts: Any, held: Any) -> Array:
-        (x, experts, weights), parts = vary_alike((tokens, parts))
+        # Tied together, the weights of several layers are not gathered at once; nor, backward, do gradients wait.
+        (x, experts, weights), parts = jax.lax.optimization_barrier(vary_alike((tokens, parts)))
         whole = (gathered(place, x.dtype, part).astype(x.dtype) for part, place in zip(parts, held, strict=True))
         return columns.sum(_of_device(x, experts - columns.first(parts[0].shape[0]), weights, *whole))
 
@@ -48,11 +50,39 @@ def _of_device(x: Array, experts: Array, weights: Array, gate: Array, up: Array,
     (B, T, D), k, E = x.shape, experts.shape[-1], gate.shape[0]
     mine = (experts >= 0) & (experts < E)
     number = jnp.where(mine, experts, E).reshape(-1)  # others' rows are sorted to the end
-    order = jnp.argsort(number, stable=True)
+    places = jnp.arange(B * T * k, dtype=jnp.int32)
+    order = _sorted(number, E)
+    back = jnp.zeros_like(order).at[order].set(places, unique_indices=True)
     sizes = jnp.bincount(number, length=E + 1)[:E].astype(jnp.int32)
-    here = (jnp.arange(B * T * k) < sizes.sum())[:, None]  # rows of no group may come out as anything
-    rows = jnp.where(here, x.reshape(B * T, D)[order // k], 0)
+    here = (places < sizes.sum())[:, None]  # rows of no group may come out as anything
+    rows = jnp.where(here, _picked(x.reshape(B * T, D), order, back), 0)
     grouped: Any = lambda rows, w: jax.lax.ragged_dot(rows, w, sizes)
     out = jnp.where(here, grouped(jax.nn.silu(grouped(rows, gate)) * grouped(rows, up), down), 0)
-    chosen = out[jnp.argsort(order)].reshape(B, T, k, D)
+    chosen = _picked(out, back, order).reshape(B, T, k, D)
     return jnp.einsum("btkd,btk->btd", chosen, weights.astype(x.dtype))
+
+
+def _sorted(number: Int[Array, "n"], most: int) -> Int[Array, "n"]:
+    """The order of numbers 0..most, equal ones as they come.
+
+    As one integer each where that has room: a sort of two arrays takes the TPU compiler longer than all else here.
+    """
+    n = len(number)
+    places = jnp.arange(n, dtype=jnp.int32)
+    if (most + 1) * n < 2**31:
+        return jax.lax.sort(number * n + places, is_stable=False) % n
+    return jax.lax.sort((number, places), num_keys=2, is_stable=False)[1]
+
+
+@jax.custom_vjp
+def _picked(x: Float[Array, "n D"], order: Int[Array, "m"], back: Int[Array, "m"]) -> Float[Array, "m D"]:
+    """x[order // k], where `order` permutes k copies of each row and `back` undoes that. No gradient scatters."""
+    return x[order // (len(order) // len(x))]
+
+
+def _picked_bwd(residuals, drows):
+    n, back = residuals
+    return wide(drows[back].reshape(n, -1, drows.shape[-1])).sum(1).astype(drows.dtype), None, None
+
+
+_picked.defvjp(lambda x, order, back: (_picked(x, order, back), (len(x), back)), _picked_bwd)

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from jaxlong.core.types import BadInput
 from jaxlong.layers.moe import MoE
+from jaxlong.ops.experts import _sorted
 from jaxlong.parallel.mesh import make_mesh
 from jaxlong.train.optim import AdamW, Constant, make_optimizer
 
@@ -148,3 +149,9 @@ def test_a_mesh_equals_one_device(name, mesh):
     with jax.set_mesh(make_mesh(mesh)):
         got = run()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+
+
+@pytest.mark.parametrize("most", [6, 2**30])  # one integer a pair, and two where one has no room
+def test_sorted_as_numpy_sorts(most):
+    number = np.random.default_rng(0).integers(0, 7, 50)
+    np.testing.assert_array_equal(_sorted(jnp.asarray(number, jnp.int32), most), np.argsort(number, stable=True))
