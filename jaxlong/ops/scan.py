@@ -64,7 +64,7 @@ def linear_attention(
         return over_spans(on_spans, (q, k, v, log_decay, resets), bonus, layout=backend.layout)
     if s0 is None:
         s0 = vary_alike((v, jnp.zeros((batch, heads, k.shape[-1], value_dim), jnp.float32)))[1]
-    return first_taken(LINEAR, lambda name: LINEAR[name](chunk, q, k, v, log_decay, bonus, s0, resets))
+    return first_taken("linear_attention", LINEAR, lambda name: LINEAR[name](chunk, q, k, v, log_decay, bonus, s0, resets))
 
 
 def _linear_by_kernels(
@@ -340,7 +340,7 @@ def selective_scan(
         return over_spans(on_spans, (x, dt, b, c, resets), (a, d), layout=backend.layout)
     if h0 is None:
         h0 = vary_alike((x, jnp.zeros((batch, width, a.shape[-1]), jnp.float32)))[1]
-    return first_taken(SELECTIVE, lambda name: SELECTIVE[name](chunk, x, dt, a, b, c, d, h0, resets))
+    return first_taken("selective_scan", SELECTIVE, lambda name: SELECTIVE[name](chunk, x, dt, a, b, c, d, h0, resets))
 
 
 def _by_kernels(
