@@ -1,0 +1,357 @@
+"""Decode attention for Hopper (sm_90a), in Mosaic GPU.
+
+A worker is a warpgroup with a ring of tiles of its own: 64 slots of a key head and their values, which it copies by TMA,
+multiplies and copies over, so workers wait for nothing but memory. The queries that share a key head are padded to the
+64 rows of a matrix instruction. That wastes products, not time: they take a third of what the copies take.
+
+The visited tiles of all rows, one after another, are divided evenly among units of workers, each worker of a unit
+taking another key head, so that heads that lie side by side in memory are read at once. What a unit finds of a row is
+a part, to be merged by its lse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.decode.blocks import Inputs, Setting, code
+from pallas_kernels.decode.config import cost
+from pallas_kernels.flash.scores import LOG2E, Spec, cook
+from pallas_kernels.flash.tiles import BY_COLUMN, BY_ROW, ROWS, TILE, along, load, ring, tiled, vector, zeros
+
+SLOTS = 64
+"""Of a tile."""
+SHARED = 232448 - 2048
+"""Bytes of shared memory of a CTA, less what barriers take."""
+DIMS = (64, 128, 256)
+"""Of keys, and of values."""
+TOGETHER = 8
+"""Key heads that are read at once, at most."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """No result depends on it beyond rounding.
+
+    Args:
+        workers: warpgroups of a CTA.
+        stages: tiles of a worker's ring.
+        ctas: of the grid, one an SM.
+    """
+
+    workers: int = 2
+    stages: int = 3
+    ctas: int = 132
+
+    @classmethod
+    def of(cls, setting: Setting, inputs: Inputs) -> Config:
+        """Two workers, if there is room for two tiles of each."""
+        for workers in (2, 1):
+            most = SHARED // workers // 128 - inputs.q.shape[-1]
+            stages = min(4, most // (setting.values(inputs) + inputs.q.shape[-1]))
+            if stages > 1:
+                break
+        return cls(workers, stages)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What else is known while tracing: B rows, of `heads` times 64 queries, each `spread` of which share a key head;
+    C and V dims; `tiles` of a row; pieces of a tile that lie together, and of pages; units of `together` workers, and
+    groups of as many heads."""
+
+    B: int
+    heads: int
+    spread: int
+    C: int
+    V: int
+    tiles: int
+    piece: int
+    per_page: int
+    together: int
+    groups: int
+    units: int
+
+    @classmethod
+    def of(cls, setting: Setting, inputs: Inputs, config: Config) -> Sizes:
+        (B, T, H, C), (_, L, K, _) = inputs.q.shape, inputs.k.shape
+        spread = -(-T * (H // K) // ROWS)
+        heads, workers = K * spread, config.workers * config.ctas
+        together = max(n for n in range(1, TOGETHER + 1) if heads % n == 0 and n <= workers)
+        piece = SLOTS if inputs.pages is None else min(L, SLOTS)
+        tiles = -(-inputs.k_positions.shape[1] // SLOTS)
+        per_page = 0 if inputs.pages is None else max(L // SLOTS, 1)
+        units = workers // together
+        values = setting.values(inputs)
+        return cls(B, heads, spread, C, values, tiles, piece, per_page, together, heads // together, units)
+
+
+class Plan(NamedTuple):
+    """The work.
+
+    A run is a row and a group of heads. Where runs of `each` tiles or more ...
+
+    code: [B S], of slots, as `blocks.code`, S a multiple of 64; 0 where there is none.
+    order: [B tiles] the tiles of which some query sees a slot, ascending: twice their index, and 1 more if some query
+        does not see a slot of it. Then anything.
+    starts: [runs + 1] visited tiles of all runs before.
+    first, last: [units] the first run of each unit, and the one behind its last.
+    each: [1] tiles of a unit.
+    """
+
+    code: Array
+    order: Array
+    starts: Array
+    first: Array
+    last: Array
+    each: Array
+
+
+def plan_of(setting: Setting, inputs: Inputs, n: Sizes) -> Plan:
+    found = code(setting, inputs)
+    found = jnp.pad(found, ((0, 0), (0, n.tiles * SLOTS - found.shape[1])))
+    of_tile = found.reshape(n.B, n.tiles, SLOTS)
+    visited, whole = (of_tile > 0).any(-1), (of_tile == (1 << inputs.q.shape[1]) - 1).all(-1)
+    places = jnp.arange(n.tiles, dtype=jnp.int32)
+    order = jnp.sort(jnp.where(visited, 2 * places + ~whole, 2 * n.tiles), axis=-1)
+    count = jnp.repeat(visited.sum(-1, dtype=jnp.int32), n.groups)
+    ends = jnp.cumsum(count)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+    each = jnp.maximum(-(-ends[-1] // n.units), 1)
+    begin = each * jnp.arange(n.units, dtype=jnp.int32)[:, None]
+    end = jnp.minimum(begin + each, ends[-1])
+    first = (ends <= begin).sum(-1, dtype=jnp.int32)
+    last = jnp.maximum((starts[:-1] < end).sum(-1, dtype=jnp.int32), first)
+    return Plan(found, order, starts, first, last, each[None])
+
+
+def parts(setting: Setting, inputs: Inputs, config: Config, interpret: Any = None) -> tuple[Array, Array]:
+    """(out [B n T H V], lse [B n T H]) float32 over disjoint sets of slots; the slots are a multiple of 8."""
+    n = Sizes.of(setting, inputs, config)
+    plan = plan_of(setting, inputs, n)
+    out, lse = _launch(setting, inputs, config, n, plan, interpret)
+    return _by_row(inputs, n, plan, out, lse)
+
+
+def _by_row(inputs: Inputs, n: Sizes, plan: Plan, out: Array, lse: Array) -> tuple[Array, Array]:
+    """The parts of each row from those of all runs: part p of run r is at unit + r, of the p-th unit that has it."""
+    (B, T, H, _), K = inputs.q.shape, inputs.k.shape[2]
+    runs = jnp.arange(B * n.groups, dtype=jnp.int32)[:, None]
+    first, last = (x[:, None] // plan.each for x in (plan.starts[:-1], plan.starts[1:] - 1))
+    unit = first + jnp.arange(min(n.units // n.groups + 2, n.units), dtype=jnp.int32)
+    found = (unit <= last) & (plan.starts[1:] > plan.starts[:-1])[:, None]
+    place = jnp.where(found, unit + runs, 0)
+
+    def of(x: Array, fill: float) -> Array:
+        x = jnp.where(jnp.expand_dims(found, range(2, x.ndim + 1)), x[place], fill)
+        x = x.reshape(B, n.groups, -1, n.together // n.spread, n.spread * ROWS, *x.shape[4:])[:, :, :, :, : T * H // K]
+        x = x.reshape(*x.shape[:4], T, H // K, *x.shape[5:])
+        return jnp.moveaxis(x, (2, 4), (1, 2)).reshape(B, -1, T, H, *x.shape[6:])
+
+    return of(out, 0.0), of(lse, -jnp.inf)
+
+
+def _queries(x: Array, n: Sizes, K: int, fill: float = 0) -> Array:
+    """[B T H c] as [B heads 64 c]: those of a key head together, by token."""
+    B, T, H, c = x.shape
+    x = x.reshape(B, T, K, H // K, c).swapaxes(1, 2).reshape(B, K, -1, c)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, n.spread * ROWS - x.shape[2]), (0, 0)), constant_values=fill)
+    return x.reshape(B, n.heads, ROWS, c)
+
+
+def _pages(inputs: Inputs, n: Sizes) -> Array:
+    """The table, with pages that exist, for whole tiles."""
+    found = jnp.clip(inputs.pages.astype(jnp.int32), 0, len(inputs.k) - 1)
+    return jnp.pad(found, ((0, 0), (0, -(-n.tiles * SLOTS // inputs.k.shape[1]) - found.shape[1])))
+
+
+def _launch(
+    setting: Setting, inputs: Inputs, config: Config, n: Sizes, plan: Plan, interpret: Any
+) -> tuple[Array, Array]:
+    """(out [units + runs, together, 64, V], lse without V), those that a unit has of a run."""
+    K, (B, T, H, _) = inputs.k.shape[2], inputs.q.shape
+    each = lambda x: _queries(jnp.broadcast_to(x, (B, T, H))[..., None], n, K)[..., 0]
+    row = lambda x: each(x[:, :, None])
+    spec = Spec(setting.mask, setting.scale, setting.soft_cap, inputs.slopes is not None)
+    operands = plan._asdict() | {
+        "q": _queries(inputs.q, n, K),
+        "k": inputs.k,
+        "v": inputs.v,
+        "bits": row(jnp.broadcast_to(1 << jnp.arange(T, dtype=jnp.int32), (B, T))),
+        "code_again": plan.code,  # a reference is read in one layout only
+        "pages": None if inputs.pages is None else _pages(inputs, n),
+    }
+    if spec.slopes:
+        over = n.tiles * SLOTS - inputs.k_positions.shape[1]
+        operands |= {
+            "slopes": each(inputs.slopes.astype(jnp.float32)),
+            "q_positions": row(inputs.q_positions),
+            "k_positions": jnp.pad(inputs.k_positions, ((0, 0), (0, over))),
+        }
+    operands = {name: x for name, x in operands.items() if x is not None}
+    stages = config.workers, config.stages
+    scratch = {
+        "q": tiled((config.workers, ROWS, n.C), inputs.q.dtype),
+        "k": tiled((*stages, SLOTS, n.C), inputs.k.dtype),
+        "v": tiled((*stages, SLOTS, n.V), inputs.v.dtype),
+        "q_ready": ring(config.workers, 1),
+        "ready": ring(config.workers * config.stages, 2 * SLOTS // n.piece),
+    }
+    count = n.units + B * n.groups - 1, n.together, ROWS
+    out = {
+        "out": jax.ShapeDtypeStruct((*count, n.V), jnp.float32),
+        "lse": jax.ShapeDtypeStruct(count, jnp.float32),
+    }
+    names = (*operands, *out)
+
+    def body(*refs: Any) -> None:
+        *given, here = refs
+        wg = lax.axis_index("worker")
+        _Worker(n, config, spec, dict(zip(names, given, strict=True)), here, wg).work()
+
+    found = plgpu.kernel(
+        body,
+        out_type=tuple(out.values()),
+        scratch_types=(scratch,),
+        grid=(config.ctas,),
+        grid_names=("cta",),
+        num_threads=config.workers,
+        thread_name="worker",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="decode_attention",
+        interpret=interpret,
+        **hopper.told(cost(setting, inputs)),
+    )(*operands.values())
+    return found
+
+
+def product(left: Any, right: Any) -> Any:
+    """left @ right, both in shared memory."""
+
+    def run(acc: Any) -> Any:
+        plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+
+def added(sums: Any, left: Any, right: Any) -> Any:
+    """sums + left @ right, of which the latter is in shared memory."""
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, left, right))(plgpu.ACC.init(sums))
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """`at` is global memory, `here` shared memory and barriers, by name; `me` is the warpgroup's index."""
+
+    n: Sizes
+    config: Config
+    spec: Spec
+    at: dict[str, Any]
+    here: dict[str, Any]
+    me: Any
+
+    def work(self) -> None:
+        n, at = self.n, self.at
+        worker = lax.axis_index("cta") * self.config.workers + self.me
+        unit, lane = lax.div(worker, n.together), lax.rem(worker, n.together)
+
+        @pl.when(unit < n.units)
+        def _():
+            each = at["each"][0]
+            begin = unit * each
+
+            def one(run: Any, steps: Any) -> Any:
+                start = at["starts"][run]
+                first = jnp.maximum(begin, start) - start
+                last = jnp.minimum(begin + each, at["starts"][run + 1]) - start
+                count = jnp.maximum(last - first, 0)
+                pl.when(count > 0)(lambda: self.run(unit, lane, run, first, count, steps))
+                return steps + count
+
+            lax.fori_loop(at["first"][unit], at["last"][unit], one, jnp.int32(0))
+
+    def run(self, unit: Any, lane: Any, run: Any, first: Any, count: Any, steps: Any) -> None:
+        """Some tiles of a row; `steps` went through the ring before."""
+        n, at, here, me, stages = self.n, self.at, self.here, self.me, self.config.stages
+        b, group = lax.div(run, n.groups), lax.rem(run, n.groups)
+        head = group * n.together + lane
+        slot_of = lambda i: lax.rem(steps + i, stages)
+        plgpu.copy_gmem_to_smem(at["q"].at[b, head], here["q"].at[me], here["q_ready"].at[me])
+
+        def fetch(i: Any) -> None:
+            @pl.when(i < count)
+            def _():
+                tile, slot = lax.div(at["order"][b, first + i], 2), slot_of(i)
+                for part in range(SLOTS // n.piece):
+                    rows = pl.ds(part * n.piece, n.piece)
+                    for name in ("k", "v"):
+                        source = self.piece(at[name], b, lax.div(head, n.spread), tile, part)
+                        ready = here["ready"].at[me * stages + slot]
+                        plgpu.copy_gmem_to_smem(source, here[name].at[me, slot, rows], ready)
+
+        for i in range(stages):
+            fetch(jnp.int32(i))
+        plgpu.barrier_wait(here["q_ready"].at[me])
+        bits = load(at["bits"].at[b, head], BY_ROW)
+        column = lambda fill: vector(fill, ROWS, BY_ROW)
+
+        def step(i: Any, carry: Any) -> Any:
+            out, top, total = carry
+            slot, entry = slot_of(i), at["order"][b, first + i]
+            slots = pl.ds(lax.div(entry, 2) * SLOTS, SLOTS)
+            plgpu.barrier_wait(here["ready"].at[me * stages + slot])
+            k, v = here["k"].at[me, slot], here["v"].at[me, slot]
+            scores = self.cooked(b, head, slots, product(here["q"].at[me], k.T))
+            scores = lax.cond(lax.rem(entry, 2) == 1, lambda: self.masked(b, slots, bits, scores, v), lambda: scores)
+            new_top = jnp.maximum(top, scores.max(axis=1) * self.spec.base)
+            pivot = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+            decay = jnp.exp2(top - pivot)
+            weights = jnp.exp2(scores * self.spec.base - along(0, pivot, scores.shape))
+            total = total * decay + weights.sum(axis=1)
+            out = added(out * along(0, decay, out.shape), weights.astype(at["q"].dtype), v)
+            fetch(i + stages)
+            return out, new_top, total
+
+        start = zeros((ROWS, n.V)), column(-jnp.inf), column(0.0)
+        out, top, total = lax.fori_loop(0, count, step, start)
+        empty = total == 0
+        safe = jnp.where(empty, 1.0, total)
+        place = unit + run
+        at["out"].at[place, lane][...] = out * along(0, 1.0 / safe, out.shape)
+        at["lse"].at[place, lane][...] = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(safe))
+
+    def piece(self, source: Any, b: Any, key_head: Any, tile: Any, part: int) -> Any:
+        """Part of a tile, in global memory."""
+        n, at = self.n, self.at
+        if "pages" not in at:
+            return source.at[b, pl.ds(tile * SLOTS, SLOTS), key_head]
+        page = at["pages"][b, lax.div(tile, n.per_page) * (SLOTS // n.piece) + part]
+        return source.at[page, pl.ds(lax.rem(tile, n.per_page) * SLOTS, n.piece), key_head]
+
+    def cooked(self, b: Any, head: Any, slots: Any, scores: Any) -> Any:
+        if not self.spec.cooked:
+            return scores
+        slope = away = None
+        if self.spec.slopes:
+            row = lambda name: along(0, load(self.at[name].at[b, head], BY_ROW), scores.shape)
+            behind = row("q_positions") - along(1, load(self.at["k_positions"].at[b, slots], BY_COLUMN), scores.shape)
+            slope, away = row("slopes"), jnp.abs(behind).astype(jnp.float32)
+        return cook(self.spec, scores, slope, away)[0]
+
+    def masked(self, b: Any, slots: Any, bits: Any, scores: Any, v: Any) -> Any:
+        """Scores of what queries see; values that none of them sees become 0, for 0 times NaN is NaN."""
+        code = load(self.at["code"].at[b, slots], BY_COLUMN)
+        seen = (along(1, code, scores.shape) & along(0, bits, scores.shape)) != 0
+        held = along(0, load(self.at["code_again"].at[b, slots], BY_ROW), v.shape) != 0
+        v[...] = jnp.where(held, plgpu.load(v, layout=TILE, optimized=False), 0.0).astype(v.dtype)
+        plgpu.commit_smem()
+        return jnp.where(seen, scores, -jnp.inf)
