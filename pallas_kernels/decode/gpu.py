@@ -1,8 +1,8 @@
 """Decode attention for Hopper (sm_90a), in Mosaic GPU.
 
-A worker is a warpgroup with a ring of tiles of its own: 64 slots of a key head and their values, which it copies by TMA,
-multiplies and copies over, so workers wait for nothing but memory. The queries that share a key head are padded to the
-64 rows of a matrix instruction. That wastes products, not time: they take a third of what the copies take.
+A worker is a warpgroup with a ring of tiles of its own: 64 slots of a key head and their values, which it has copied
+by TMA, multiplies, and has copied over, so workers wait for memory alone. The queries that share a key head are padded
+to the 64 rows of a matrix instruction. That wastes products, not time: they take a third of what the copies take.
 
 The visited tiles of all rows, one after another, are divided evenly among units of workers, each worker of a unit
 taking another key head, so that heads that lie side by side in memory are read at once. What a unit finds of a row is
@@ -12,7 +12,6 @@ a part, to be merged by its lse.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.decode.blocks import Inputs, Setting, code
+from pallas_kernels.decode.blocks import Inputs, Setting, code, merged
 from pallas_kernels.decode.config import cost
 from pallas_kernels.flash.scores import LOG2E, Spec, cook
 from pallas_kernels.flash.tiles import BY_COLUMN, BY_ROW, ROWS, TILE, along, load, ring, tiled, vector, zeros
@@ -31,6 +30,7 @@ SLOTS = 64
 """Of a tile."""
 SHARED = 232448 - 2048
 """Bytes of shared memory of a CTA, less what barriers take."""
+TYPES = ("bfloat16", "float16")
 DIMS = (64, 128, 256)
 """Of keys, and of values."""
 TOGETHER = 8
@@ -54,12 +54,13 @@ class Config:
     @classmethod
     def of(cls, setting: Setting, inputs: Inputs) -> Config:
         """Two workers, if there is room for two tiles of each."""
-        for workers in (2, 1):
-            most = SHARED // workers // 128 - inputs.q.shape[-1]
-            stages = min(4, most // (setting.values(inputs) + inputs.q.shape[-1]))
-            if stages > 1:
-                break
-        return cls(workers, stages)
+        choices = [cls(workers, stages) for workers in (2, 1) for stages in (4, 3, 2, 1)]
+        return next(c for c in choices if c.bytes(setting, inputs) <= SHARED and (c.stages > 1 or c.workers == 1))
+
+    def bytes(self, setting: Setting, inputs: Inputs) -> int:
+        """Shared memory that a CTA needs."""
+        C, V = inputs.q.shape[-1], setting.values(inputs)
+        return self.workers * (ROWS * C + self.stages * SLOTS * (C + V)) * inputs.k.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,44 @@ class Sizes:
         return cls(B, heads, spread, C, values, tiles, piece, per_page, together, heads // together, units)
 
 
-class Plan(NamedTuple):
-    """The work.
+def misfit(setting: Setting, inputs: Inputs, config: Config | None = None) -> str | None:
+    """Why the kernel does not take these arguments."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if v is None:
+        return "keys that are values, too"
+    if not q.dtype == k.dtype == v.dtype or q.dtype.name not in TYPES:
+        return f"q, k and v of {q.dtype}, {k.dtype} and {v.dtype}, not all {' or all '.join(TYPES)}"
+    if inputs.k_scale is not None or inputs.v_scale is not None:
+        return "factors of keys or values"
+    if not {k.shape[-1], v.shape[-1]} <= {*DIMS}:
+        return f"dims {k.shape[-1]} and {v.shape[-1]} of keys and values, not of {DIMS}"
+    if not setting.scale > 0:
+        return f"scale {setting.scale} is not positive"
+    if inputs.pages is not None and k.shape[1] % SLOTS and k.shape[1] not in (8, 16, 32):
+        return f"pages of {k.shape[1]} tokens, neither 8, 16 or 32 nor a multiple of {SLOTS}"
+    config = Config.of(setting, inputs) if config is None else config
+    if config.stages < 1 or config.workers < 1 or config.bytes(setting, inputs) > SHARED:
+        return f"{config.stages} tiles for each of {config.workers} workers, {config.bytes(setting, inputs)} bytes"
+    return None
 
-    A run is a row and a group of heads. Where runs of `each` tiles or more ...
+
+def attention(setting: Setting, inputs: Inputs, config: Config | None = None) -> tuple[Array, Array]:
+    """(out [B T H V], lse [B T H] float32). Slots that are no multiple of 8 are copied to a cache that has one."""
+    if inputs.pages is None and (over := -inputs.slots % 8):
+        pad = lambda x, fill: jnp.pad(x, ((0, 0), (0, over), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+        if inputs.q_segments is None:
+            inputs = inputs._replace(
+                q_segments=jnp.zeros_like(inputs.q_positions), k_segments=jnp.zeros_like(inputs.k_positions)
+            )
+        fills = {"k": 0, "v": 0, "k_positions": 0, "k_segments": -1}
+        inputs = inputs._replace(**{name: pad(getattr(inputs, name), fill) for name, fill in fills.items()})
+    found = parts(setting, inputs, Config.of(setting, inputs) if config is None else config)
+    out, lse = merged(*hopper.varying(inputs.q, found), inputs.sinks)
+    return out.astype(setting.dtype), lse
+
+
+class Plan(NamedTuple):
+    """The work. A run is what a group of heads does of a row.
 
     code: [B S], of slots, as `blocks.code`, S a multiple of 64; 0 where there is none.
     order: [B tiles] the tiles of which some query sees a slot, ascending: twice their index, and 1 more if some query
@@ -351,7 +386,9 @@ class _Worker:
         """Scores of what queries see; values that none of them sees become 0, for 0 times NaN is NaN."""
         code = load(self.at["code"].at[b, slots], BY_COLUMN)
         seen = (along(1, code, scores.shape) & along(0, bits, scores.shape)) != 0
-        held = along(0, load(self.at["code_again"].at[b, slots], BY_ROW), v.shape) != 0
-        v[...] = jnp.where(held, plgpu.load(v, layout=TILE, optimized=False), 0.0).astype(v.dtype)
+        held = along(0, load(self.at["code_again"].at[b, slots], BY_ROW), (SLOTS, 64)) != 0
+        for first in range(0, self.n.V, 64):  # all at once need too many registers
+            some = v.at[:, pl.ds(first, 64)]
+            some[...] = jnp.where(held, plgpu.load(some, layout=TILE, optimized=False), 0.0).astype(v.dtype)
         plgpu.commit_smem()
         return jnp.where(seen, scores, -jnp.inf)
