@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.decode.blocks import Inputs, Setting, code, merged
+from pallas_kernels.decode.blocks import Inputs, Setting, code, merged, of_slots
 from pallas_kernels.decode.config import cost
 from pallas_kernels.flash.scores import LOG2E, Spec, cook
 from pallas_kernels.flash.tiles import BY_COLUMN, BY_ROW, ROWS, TILE, along, load, ring, tiled, vector, zeros
@@ -31,6 +31,9 @@ SLOTS = 64
 SHARED = 232448 - 2048
 """Bytes of shared memory of a CTA, less what barriers take."""
 TYPES = ("bfloat16", "float16")
+"""Of queries, and of keys and values if they are alike."""
+EIGHT_BITS = ("int8", "float8_e4m3fn")
+"""Of keys and values of queries in bfloat16."""
 DIMS = (64, 128, 256)
 """Of keys, and of values."""
 TOGETHER = 8
@@ -59,8 +62,9 @@ class Config:
 
     def bytes(self, setting: Setting, inputs: Inputs) -> int:
         """Shared memory that a CTA needs."""
-        C, V = inputs.q.shape[-1], setting.values(inputs)
-        return self.workers * (ROWS * C + self.stages * SLOTS * (C + V)) * inputs.k.dtype.itemsize
+        C, V, item = inputs.q.shape[-1], setting.values(inputs), inputs.k.dtype.itemsize
+        wide = SLOTS * max(C, V) if item == 1 else 0
+        return self.workers * (2 * (ROWS * C + wide) + self.stages * SLOTS * (C + V) * item)
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,11 @@ def misfit(setting: Setting, inputs: Inputs, config: Config | None = None) -> st
     q, k, v = inputs.q, inputs.k, inputs.v
     if v is None:
         return "keys that are values, too"
-    if not q.dtype == k.dtype == v.dtype or q.dtype.name not in TYPES:
-        return f"q, k and v of {q.dtype}, {k.dtype} and {v.dtype}, not all {' or all '.join(TYPES)}"
-    if inputs.k_scale is not None or inputs.v_scale is not None:
-        return "factors of keys or values"
+    if q.dtype.name not in TYPES:
+        return f"queries of {q.dtype}, not of {' or '.join(TYPES)}"
+    stored = (q.dtype.name, *EIGHT_BITS) if q.dtype == jnp.bfloat16 else (q.dtype.name,)
+    if k.dtype != v.dtype or k.dtype.name not in stored:
+        return f"keys of {k.dtype} and values of {v.dtype} for queries of {q.dtype}, not both {' or '.join(stored)}"
     if not {k.shape[-1], v.shape[-1]} <= {*DIMS}:
         return f"dims {k.shape[-1]} and {v.shape[-1]} of keys and values, not of {DIMS}"
     if not setting.scale > 0:
@@ -124,8 +129,10 @@ def attention(setting: Setting, inputs: Inputs, config: Config | None = None) ->
             inputs = inputs._replace(
                 q_segments=jnp.zeros_like(inputs.q_positions), k_segments=jnp.zeros_like(inputs.k_positions)
             )
-        fills = {"k": 0, "v": 0, "k_positions": 0, "k_segments": -1}
-        inputs = inputs._replace(**{name: pad(getattr(inputs, name), fill) for name, fill in fills.items()})
+        slots = {
+            name: x for name, x in inputs._asdict().items() if name[0] in "kv" and x is not None and x.shape[1] > 1
+        }
+        inputs = inputs._replace(**{name: pad(x, -1 if name == "k_segments" else 0) for name, x in slots.items()})
     found = parts(setting, inputs, Config.of(setting, inputs) if config is None else config)
     out, lse = merged(*hopper.varying(inputs.q, found), inputs.sinks)
     return out.astype(setting.dtype), lse
@@ -231,15 +238,21 @@ def _launch(
             "q_positions": row(inputs.q_positions),
             "k_positions": jnp.pad(inputs.k_positions, ((0, 0), (0, over))),
         }
+    for name, factor in (("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)):
+        if factor is not None:
+            found = of_slots(inputs, factor.astype(jnp.float32)).swapaxes(1, 2)
+            operands[name] = jnp.pad(found, ((0, 0), (0, 0), (0, n.tiles * SLOTS - found.shape[2])))
     operands = {name: x for name, x in operands.items() if x is not None}
     stages = config.workers, config.stages
     scratch = {
         "q": tiled((config.workers, ROWS, n.C), inputs.q.dtype),
-        "k": tiled((*stages, SLOTS, n.C), inputs.k.dtype),
-        "v": tiled((*stages, SLOTS, n.V), inputs.v.dtype),
+        "k": swizzled((*stages, SLOTS, n.C), inputs.k.dtype),
+        "v": swizzled((*stages, SLOTS, n.V), inputs.v.dtype),
         "q_ready": ring(config.workers, 1),
         "ready": ring(config.workers * config.stages, 2 * SLOTS // n.piece),
     }
+    if inputs.k.dtype.itemsize == 1:
+        scratch["wide"] = tiled((config.workers, SLOTS, max(n.C, n.V)), inputs.q.dtype)
     count = n.units + B * n.groups - 1, n.together, ROWS
     out = {
         "out": jax.ShapeDtypeStruct((*count, n.V), jnp.float32),
@@ -266,6 +279,15 @@ def _launch(
         **hopper.told(cost(setting, inputs)),
     )(*operands.values())
     return found
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """`tiled`, whose rows may be of fewer than 128 bytes."""
+    item = jnp.dtype(dtype).itemsize
+    width = min(128, shape[-1] * item)
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, width // item)), plgpu.SwizzleTransform(width))
+    )
 
 
 def product(left: Any, right: Any) -> Any:
@@ -319,6 +341,7 @@ class _Worker:
         n, at, here, me, stages = self.n, self.at, self.here, self.me, self.config.stages
         b, group = lax.div(run, n.groups), lax.rem(run, n.groups)
         head = group * n.together + lane
+        key_head = lax.div(head, n.spread)
         slot_of = lambda i: lax.rem(steps + i, stages)
         plgpu.copy_gmem_to_smem(at["q"].at[b, head], here["q"].at[me], here["q_ready"].at[me])
 
@@ -329,7 +352,7 @@ class _Worker:
                 for part in range(SLOTS // n.piece):
                     rows = pl.ds(part * n.piece, n.piece)
                     for name in ("k", "v"):
-                        source = self.piece(at[name], b, lax.div(head, n.spread), tile, part)
+                        source = self.piece(at[name], b, key_head, tile, part)
                         ready = here["ready"].at[me * stages + slot]
                         plgpu.copy_gmem_to_smem(source, here[name].at[me, slot, rows], ready)
 
@@ -342,16 +365,23 @@ class _Worker:
         def step(i: Any, carry: Any) -> Any:
             out, top, total = carry
             slot, entry = slot_of(i), at["order"][b, first + i]
-            slots = pl.ds(lax.div(entry, 2) * SLOTS, SLOTS)
+            slots, partly = pl.ds(lax.div(entry, 2) * SLOTS, SLOTS), lax.rem(entry, 2) == 1
+            k_scale, v_scale = (self.factor(name, b, slots, key_head) for name in ("k_scale", "v_scale"))
             plgpu.barrier_wait(here["ready"].at[me * stages + slot])
-            k, v = here["k"].at[me, slot], here["v"].at[me, slot]
-            scores = self.cooked(b, head, slots, product(here["q"].at[me], k.T))
-            scores = lax.cond(lax.rem(entry, 2) == 1, lambda: self.masked(b, slots, bits, scores, v), lambda: scores)
+            scores = product(here["q"].at[me], self.wide(here["k"].at[me, slot]).T)
+            if k_scale is not None:
+                scores = scores * along(1, k_scale, scores.shape)
+            scores = self.cooked(b, head, slots, scores)
+            scores = lax.cond(partly, lambda: self.masked(b, slots, bits, scores), lambda: scores)
             new_top = jnp.maximum(top, scores.max(axis=1) * self.spec.base)
             pivot = jnp.where(new_top == -jnp.inf, 0.0, new_top)
             decay = jnp.exp2(top - pivot)
             weights = jnp.exp2(scores * self.spec.base - along(0, pivot, scores.shape))
             total = total * decay + weights.sum(axis=1)
+            if v_scale is not None:
+                weights = weights * along(1, v_scale, weights.shape)
+            v = self.wide(here["v"].at[me, slot])
+            pl.when(partly)(lambda: self.clean(b, slots, v))
             out = added(out * along(0, decay, out.shape), weights.astype(at["q"].dtype), v)
             fetch(i + stages)
             return out, new_top, total
@@ -382,13 +412,38 @@ class _Worker:
             slope, away = row("slopes"), jnp.abs(behind).astype(jnp.float32)
         return cook(self.spec, scores, slope, away)[0]
 
-    def masked(self, b: Any, slots: Any, bits: Any, scores: Any, v: Any) -> Any:
-        """Scores of what queries see; values that none of them sees become 0, for 0 times NaN is NaN."""
+    def factor(self, name: str, b: Any, slots: Any, key_head: Any) -> Any:
+        """Of the keys or values of a tile. Those of slots that no query sees may be NaN, and become 0."""
+        if name not in self.at:
+            return None
+        found = load(self.at[name].at[b, key_head if self.at[name].shape[1] > 1 else 0, slots], BY_COLUMN)
+        return jnp.where(jnp.abs(found) < jnp.inf, found, 0.0) if name == "v_scale" else found
+
+    def wide(self, x: Any) -> Any:
+        """A tile in shared memory, in the type of queries."""
+        if "wide" not in self.here:
+            return x
+        wide = self.here["wide"].at[self.me, :, pl.ds(0, x.shape[1])]
+        width = min(128, x.shape[1])
+        for first in range(0, x.shape[1], width):
+            some = pl.ds(first, width)
+            found = plgpu.load(x.at[:, some], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+            if jnp.issubdtype(x.dtype, jnp.floating):  # there is no instruction that goes straight to bfloat16
+                found = found.astype(jnp.float32)
+            wide.at[:, some][...] = found.astype(wide.dtype)
+        plgpu.commit_smem()
+        return wide
+
+    def masked(self, b: Any, slots: Any, bits: Any, scores: Any) -> Any:
+        """Scores of what queries see."""
         code = load(self.at["code"].at[b, slots], BY_COLUMN)
         seen = (along(1, code, scores.shape) & along(0, bits, scores.shape)) != 0
+        return jnp.where(seen, scores, -jnp.inf)
+
+    def clean(self, b: Any, slots: Any, v: Any) -> None:
+        """Makes values 0 that no query sees, for 0 times NaN is NaN."""
         held = along(0, load(self.at["code_again"].at[b, slots], BY_ROW), (SLOTS, 64)) != 0
         for first in range(0, self.n.V, 64):  # all at once need too many registers
             some = v.at[:, pl.ds(first, 64)]
             some[...] = jnp.where(held, plgpu.load(some, layout=TILE, optimized=False), 0.0).astype(v.dtype)
         plgpu.commit_smem()
-        return jnp.where(seen, scores, -jnp.inf)
