@@ -108,7 +108,7 @@ def test_explain_names_what_runs_and_why_others_do_not(capsys):
     assert taken == "GQA attend: blockwise" and reason.startswith(why)
     on_gpu = blocks["a row of 512 tokens, gpu NVIDIA H200"][1:]
     assert on_gpu == (["GQA attend: blockwise", reason] if older else ["GQA attend: flash"])
-    assert blocks["a token after 512, gpu NVIDIA H200"][1:] == ["GQA attend: dense"]
+    assert "GQA attend: dense" in blocks["a token after 512, cpu"]
     assert len(blocks) == 6
 
 

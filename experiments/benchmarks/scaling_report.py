@@ -104,6 +104,7 @@ COMPILED = WHAT | {
     "GB sent": lambda row: f"{sum(kind['GB'] for kind in row['compiled']['collectives'].values()):.0f}",
     "permutes": lambda row: sum(row["compiled"]["permutes"].get(name, 0) for name in ("synchronous", "asynchronous")),
     "hidden": _of("compiled", "permutes", "hidden"),
+    "kernels": _of("compiled", "kernels"),
     "compile s": _number(_of("compiled", "compile_s"), 0),
     **PREDICTED,
 }

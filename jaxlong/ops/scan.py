@@ -64,7 +64,9 @@ def linear_attention(
         return over_spans(on_spans, (q, k, v, log_decay, resets), bonus, layout=backend.layout)
     if s0 is None:
         s0 = vary_alike((v, jnp.zeros((batch, heads, k.shape[-1], value_dim), jnp.float32)))[1]
-    return first_taken("linear_attention", LINEAR, lambda name: LINEAR[name](chunk, q, k, v, log_decay, bonus, s0, resets))
+    return first_taken(
+        "linear_attention", LINEAR, lambda name: LINEAR[name](chunk, q, k, v, log_decay, bonus, s0, resets)
+    )
 
 
 def _linear_by_kernels(

@@ -17,6 +17,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 HEAVY = frozenset({"while", "conditional", "fusion", "convolution", "dot", "custom-call", "call", "async-start"})
 """Instructions that compute for longer than it takes to start them."""
 
+KERNEL = 'custom_call_target="tpu_custom_call"'
+
 WIDTHS: Mapping[str, float] = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2} | {
     f"{kind}{bits}": bits / 8 for kind in "sufc" for bits in (8, 16, 32, 64, 128)
 }
@@ -67,17 +69,18 @@ class Permutes:
 
 @dataclass
 class Program:
-    """What the text of a module says. `unread` loops have an end that is no constant."""
+    """What the text of a module says. `unread` loops have an end that is no constant; `kernels` are Pallas programs."""
 
     collectives: dict[str, Traffic] = field(default_factory=dict)
     permutes: Permutes = field(default_factory=Permutes)
     unread: int = 0
+    kernels: int = 0
 
 
 def read(text: str) -> Program:
     """The collectives of a compiled module, `compiled.as_text()`."""
     computations, entry = split(text)
-    found = Program()
+    found = Program(kernels=text.count(KERNEL))
     for ops, times in _executions(computations, entry, found):
         for op in ops:
             kind = op.kind.removesuffix("-start")

@@ -143,6 +143,7 @@ class Report:
         error: its message, first line.
         collectives: by kind: sites in the program, runs a step, GB sent a step by each device (`jaxlong.plan.hlo`).
         permutes: synchronous, asynchronous, and those among the latter with computation between start and end.
+        kernels: calls of Pallas kernels in the program; where there are none, attention is loops of plain JAX.
     """
 
     fits: bool
@@ -157,6 +158,7 @@ class Report:
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)
     permutes: dict[str, int] = field(default_factory=dict)
     unread_loops: int = 0
+    kernels: int = 0
 
 
 def compile_step(
@@ -205,6 +207,7 @@ def compile_step(
         collectives=traffic,
         permutes=dataclasses.asdict(said.permutes),
         unread_loops=said.unread,
+        kernels=said.kernels,
     )
 
 
