@@ -7,10 +7,16 @@ to the 64 rows of a matrix instruction. That wastes products, not time: they tak
 The visited tiles of all rows, one after another, are divided evenly among units of workers, each worker of a unit
 taking another key head, so that heads that lie side by side in memory are read at once. What a unit finds of a row is
 a part, to be merged by its lse.
+
+Values of more columns than a worker's registers hold are split between workers that share a ring and compute the same
+scores. Keys and values in 8 bits become 16 bits in shared memory before they are multiplied.
+
+Not run on a GPU yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +42,10 @@ EIGHT_BITS = ("int8", "float8_e4m3fn")
 """Of keys and values of queries in bfloat16."""
 DIMS = (64, 128, 256)
 """Of keys, and of values."""
+LATENTS = (64, 128, 256, 512, 576)
+"""Columns of keys that are values, too."""
+WIDEST = 256
+"""Columns of values that a worker sums at most."""
 TOGETHER = 8
 """Key heads that are read at once, at most."""
 
@@ -56,22 +66,31 @@ class Config:
 
     @classmethod
     def of(cls, setting: Setting, inputs: Inputs) -> Config:
-        """Two workers, if there is room for two tiles of each."""
-        choices = [cls(workers, stages) for workers in (2, 1) for stages in (4, 3, 2, 1)]
-        return next(c for c in choices if c.bytes(setting, inputs) <= SHARED and (c.stages > 1 or c.workers == 1))
+        """Two workers, if there is room for two tiles of each, or as many as share a ring."""
+        split = split_of(setting, inputs)
+        workers = (2, 1) if split == 1 else (split,)
+        choices = [cls(count, stages) for count in workers for stages in (4, 3, 2, 1)]
+        fits = lambda c: c.bytes(setting, inputs) <= SHARED and (c.stages > 1 or c.workers == workers[-1])
+        return next((c for c in choices if fits(c)), choices[-1])
 
     def bytes(self, setting: Setting, inputs: Inputs) -> int:
         """Shared memory that a CTA needs."""
         C, V, item = inputs.q.shape[-1], setting.values(inputs), inputs.k.dtype.itemsize
         wide = SLOTS * max(C, V) if item == 1 else 0
-        return self.workers * (2 * (ROWS * C + wide) + self.stages * SLOTS * (C + V) * item)
+        tile = SLOTS * (C if inputs.v is None else C + V) * item
+        return self.workers // split_of(setting, inputs) * (2 * (ROWS * C + wide) + self.stages * tile)
+
+
+def split_of(setting: Setting, inputs: Inputs) -> int:
+    """Workers that share a ring, each of which sums some columns of values, no more than its registers hold."""
+    return -(-setting.values(inputs) // WIDEST)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What else is known while tracing: B rows, of `heads` times 64 queries, each `spread` of which share a key head;
     C and V dims; `tiles` of a row; pieces of a tile that lie together, and of pages; units of `together` workers, and
-    groups of as many heads."""
+    groups of as many heads; whether keys are `both`, values too; `split` as `split_of` tells."""
 
     B: int
     heads: int
@@ -84,40 +103,52 @@ class Sizes:
     together: int
     groups: int
     units: int
+    both: bool
+    split: int
+
+    @property
+    def width(self) -> int:
+        """Columns of values of a worker."""
+        return self.V // self.split
 
     @classmethod
     def of(cls, setting: Setting, inputs: Inputs, config: Config) -> Sizes:
         (B, T, H, C), (_, L, K, _) = inputs.q.shape, inputs.k.shape
         spread = -(-T * (H // K) // ROWS)
-        heads, workers = K * spread, config.workers * config.ctas
+        split = split_of(setting, inputs)
+        heads, workers = K * spread, config.workers // split * config.ctas
         together = max(n for n in range(1, TOGETHER + 1) if heads % n == 0 and n <= workers)
         piece = SLOTS if inputs.pages is None else min(L, SLOTS)
         tiles = -(-inputs.k_positions.shape[1] // SLOTS)
         per_page = 0 if inputs.pages is None else max(L // SLOTS, 1)
         units = workers // together
         values = setting.values(inputs)
-        return cls(B, heads, spread, C, values, tiles, piece, per_page, together, heads // together, units)
+        groups, both = heads // together, inputs.v is None
+        return cls(B, heads, spread, C, values, tiles, piece, per_page, together, groups, units, both, split)
 
 
 def misfit(setting: Setting, inputs: Inputs, config: Config | None = None) -> str | None:
     """Why the kernel does not take these arguments."""
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if v is None:
-        return "keys that are values, too"
+    q, k, v = inputs.q, inputs.k, inputs.k if inputs.v is None else inputs.v
     if q.dtype.name not in TYPES:
         return f"queries of {q.dtype}, not of {' or '.join(TYPES)}"
     stored = (q.dtype.name, *EIGHT_BITS) if q.dtype == jnp.bfloat16 else (q.dtype.name,)
     if k.dtype != v.dtype or k.dtype.name not in stored:
         return f"keys of {k.dtype} and values of {v.dtype} for queries of {q.dtype}, not both {' or '.join(stored)}"
-    if not {k.shape[-1], v.shape[-1]} <= {*DIMS}:
-        return f"dims {k.shape[-1]} and {v.shape[-1]} of keys and values, not of {DIMS}"
+    C, V = k.shape[-1], setting.values(inputs)
+    if inputs.v is None:
+        if k.dtype != q.dtype or V not in LATENTS or C % 64:
+            return f"latents of {k.dtype}, {V} of {C} columns values; not of {q.dtype} and {LATENTS} of 64 n columns"
+    elif not {C, V} <= {*DIMS}:
+        return f"dims {C} and {V} of keys and values, not of {DIMS}"
     if not setting.scale > 0:
         return f"scale {setting.scale} is not positive"
     if inputs.pages is not None and k.shape[1] % SLOTS and k.shape[1] not in (8, 16, 32):
         return f"pages of {k.shape[1]} tokens, neither 8, 16 or 32 nor a multiple of {SLOTS}"
     config = Config.of(setting, inputs) if config is None else config
-    if config.stages < 1 or config.workers < 1 or config.bytes(setting, inputs) > SHARED:
-        return f"{config.stages} tiles for each of {config.workers} workers, {config.bytes(setting, inputs)} bytes"
+    size, split = config.bytes(setting, inputs), split_of(setting, inputs)
+    if config.stages < 1 or config.workers < 1 or config.workers % split or size > SHARED:
+        return f"{config.stages} tiles for each of {config.workers} workers, {size} bytes"
     return None
 
 
@@ -243,19 +274,25 @@ def _launch(
             found = of_slots(inputs, factor.astype(jnp.float32)).swapaxes(1, 2)
             operands[name] = jnp.pad(found, ((0, 0), (0, 0), (0, n.tiles * SLOTS - found.shape[2])))
     operands = {name: x for name, x in operands.items() if x is not None}
-    stages = config.workers, config.stages
+    rings, split = config.workers // n.split, (n.split,) if n.split > 1 else ()
+    of_keys = n.C - n.V if n.both else n.C
     scratch = {
-        "q": tiled((config.workers, ROWS, n.C), inputs.q.dtype),
-        "k": swizzled((*stages, SLOTS, n.C), inputs.k.dtype),
-        "v": swizzled((*stages, SLOTS, n.V), inputs.v.dtype),
-        "q_ready": ring(config.workers, 1),
-        "ready": ring(config.workers * config.stages, 2 * SLOTS // n.piece),
+        "v": swizzled((rings, config.stages, *split, SLOTS, n.width), inputs.k.dtype),
+        "ready": ring(rings * config.stages, (n.both * n.split + (not n.both) + (of_keys > 0)) * SLOTS // n.piece),
+        "q_ready": ring(rings, n.both * n.split + (of_keys > 0)),
     }
+    if of_keys:
+        scratch["q"] = tiled((rings, ROWS, of_keys), inputs.q.dtype)
+        scratch["k"] = swizzled((rings, config.stages, SLOTS, of_keys), inputs.k.dtype)
+    if n.both:
+        scratch["q_v"] = tiled((rings, *split, ROWS, n.width), inputs.q.dtype)
+    if n.split > 1:
+        scratch |= {"free": ring(rings * config.stages, n.split), "read": ring(rings, n.split)}
     if inputs.k.dtype.itemsize == 1:
-        scratch["wide"] = tiled((config.workers, SLOTS, max(n.C, n.V)), inputs.q.dtype)
+        scratch["wide"] = tiled((rings, SLOTS, max(n.C, n.V)), inputs.q.dtype)
     count = n.units + B * n.groups - 1, n.together, ROWS
     out = {
-        "out": jax.ShapeDtypeStruct((*count, n.V), jnp.float32),
+        "out": jax.ShapeDtypeStruct((*count[:2], *split, ROWS, n.width), jnp.float32),
         "lse": jax.ShapeDtypeStruct(count, jnp.float32),
     }
     names = (*operands, *out)
@@ -278,7 +315,8 @@ def _launch(
         interpret=interpret,
         **hopper.told(cost(setting, inputs)),
     )(*operands.values())
-    return found
+    sums, lse = found
+    return (jnp.moveaxis(sums, 2, 3).reshape(*count, n.V) if split else sums), lse
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -290,14 +328,15 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     )
 
 
-def product(left: Any, right: Any) -> Any:
-    """left @ right, both in shared memory."""
+def product(pairs: list[tuple[Any, Any]]) -> Any:
+    """The sum of left @ right, both in shared memory."""
 
     def run(acc: Any) -> Any:
-        plgpu.wgmma(acc, left, right)
+        for left, right in pairs:
+            plgpu.wgmma(acc, left, right)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((ROWS, SLOTS), jnp.float32))
 
 
 def added(sums: Any, left: Any, right: Any) -> Any:
@@ -316,9 +355,27 @@ class _Worker:
     here: dict[str, Any]
     me: Any
 
+    @property
+    def ring(self) -> Any:
+        """The index of the ring."""
+        return self.me if self.n.split == 1 else lax.div(self.me, self.n.split)
+
+    @property
+    def share(self) -> Any:
+        """Which columns of values are the worker's; the first worker of a ring fills it."""
+        return 0 if self.n.split == 1 else lax.rem(self.me, self.n.split)
+
+    def part(self, h: Any) -> tuple[Any, ...]:
+        """The index of a part of the values, where they have parts."""
+        return (h,) if self.n.split > 1 else ()
+
+    def once(self, run: Callable[[], None]) -> None:
+        """Runs it in the first worker of a ring."""
+        run() if self.n.split == 1 else pl.when(self.share == 0)(run)
+
     def work(self) -> None:
         n, at = self.n, self.at
-        worker = lax.axis_index("cta") * self.config.workers + self.me
+        worker = lax.axis_index("cta") * (self.config.workers // n.split) + self.ring
         unit, lane = lax.div(worker, n.together), lax.rem(worker, n.together)
 
         @pl.when(unit < n.units)
@@ -338,27 +395,34 @@ class _Worker:
 
     def run(self, unit: Any, lane: Any, run: Any, first: Any, count: Any, steps: Any) -> None:
         """Some tiles of a row; `steps` went through the ring before."""
-        n, at, here, me, stages = self.n, self.at, self.here, self.me, self.config.stages
+        n, at, here, mine, stages = self.n, self.at, self.here, self.ring, self.config.stages
         b, group = lax.div(run, n.groups), lax.rem(run, n.groups)
         head = group * n.together + lane
         key_head = lax.div(head, n.spread)
         slot_of = lambda i: lax.rem(steps + i, stages)
-        plgpu.copy_gmem_to_smem(at["q"].at[b, head], here["q"].at[me], here["q_ready"].at[me])
+
+        @self.once
+        def _():
+            for h, _, columns in self.columns("k"):
+                target = here["q"].at[mine] if h is None else here["q_v"].at[mine, *self.part(h)]
+                plgpu.copy_gmem_to_smem(at["q"].at[b, head, :, columns], target, here["q_ready"].at[mine])
 
         def fetch(i: Any) -> None:
-            @pl.when(i < count)
-            def _():
+            def copies():
                 tile, slot = lax.div(at["order"][b, first + i], 2), slot_of(i)
+                ready = here["ready"].at[mine * stages + slot]
                 for part in range(SLOTS // n.piece):
                     rows = pl.ds(part * n.piece, n.piece)
-                    for name in ("k", "v"):
-                        source = self.piece(at[name], b, key_head, tile, part)
-                        ready = here["ready"].at[me * stages + slot]
-                        plgpu.copy_gmem_to_smem(source, here[name].at[me, slot, rows], ready)
+                    for h, name, columns in self.columns("k", "v"):
+                        where = (slot, rows) if h is None else (slot, *self.part(h), rows)
+                        target = here["k" if h is None else "v"].at[mine, *where]
+                        plgpu.copy_gmem_to_smem(self.piece(at[name], b, key_head, tile, part, columns), target, ready)
+
+            self.once(lambda: pl.when(i < count)(copies))
 
         for i in range(stages):
             fetch(jnp.int32(i))
-        plgpu.barrier_wait(here["q_ready"].at[me])
+        plgpu.barrier_wait(here["q_ready"].at[mine])
         bits = load(at["bits"].at[b, head], BY_ROW)
         column = lambda fill: vector(fill, ROWS, BY_ROW)
 
@@ -367,12 +431,14 @@ class _Worker:
             slot, entry = slot_of(i), at["order"][b, first + i]
             slots, partly = pl.ds(lax.div(entry, 2) * SLOTS, SLOTS), lax.rem(entry, 2) == 1
             k_scale, v_scale = (self.factor(name, b, slots, key_head) for name in ("k_scale", "v_scale"))
-            plgpu.barrier_wait(here["ready"].at[me * stages + slot])
-            scores = product(here["q"].at[me], self.wide(here["k"].at[me, slot]).T)
+            plgpu.barrier_wait(here["ready"].at[mine * stages + slot])
+            scores = product(self.pairs(slot))
             if k_scale is not None:
                 scores = scores * along(1, k_scale, scores.shape)
             scores = self.cooked(b, head, slots, scores)
-            scores = lax.cond(partly, lambda: self.masked(b, slots, bits, scores), lambda: scores)
+            given = scores if v_scale is None else (scores, v_scale)
+            found = lax.cond(partly, lambda: self.masked(b, slots, bits, given), lambda: given)
+            scores, v_scale = (found, None) if v_scale is None else found
             new_top = jnp.maximum(top, scores.max(axis=1) * self.spec.base)
             pivot = jnp.where(new_top == -jnp.inf, 0.0, new_top)
             decay = jnp.exp2(top - pivot)
@@ -380,27 +446,53 @@ class _Worker:
             total = total * decay + weights.sum(axis=1)
             if v_scale is not None:
                 weights = weights * along(1, v_scale, weights.shape)
-            v = self.wide(here["v"].at[me, slot])
+            v = self.wide(here["v"].at[mine, slot, *self.part(self.share)])
             pl.when(partly)(lambda: self.clean(b, slots, v))
             out = added(out * along(0, decay, out.shape), weights.astype(at["q"].dtype), v)
+            if n.split > 1:
+                free = here["free"].at[mine * stages + slot]
+                plgpu.barrier_arrive(free)
+                self.once(lambda: plgpu.barrier_wait(free))
             fetch(i + stages)
             return out, new_top, total
 
-        start = zeros((ROWS, n.V)), column(-jnp.inf), column(0.0)
+        start = zeros((ROWS, n.width)), column(-jnp.inf), column(0.0)
         out, top, total = lax.fori_loop(0, count, step, start)
         empty = total == 0
         safe = jnp.where(empty, 1.0, total)
         place = unit + run
-        at["out"].at[place, lane][...] = out * along(0, 1.0 / safe, out.shape)
-        at["lse"].at[place, lane][...] = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(safe))
+        at["out"].at[place, lane, *self.part(self.share)][...] = out * along(0, 1.0 / safe, out.shape)
 
-    def piece(self, source: Any, b: Any, key_head: Any, tile: Any, part: int) -> Any:
+        @self.once
+        def _():
+            at["lse"].at[place, lane][...] = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(safe))
+
+    def columns(self, *names: str) -> list[tuple[int | None, str, Any]]:
+        """What a tile is made of: (which part of the values or None for keys, where it comes from, its columns)."""
+        n = self.n
+        if not n.both:
+            found = [(None, "k", pl.ds(0, n.C)), (0, "v", pl.ds(0, n.V))]
+        else:
+            found = [(h, "k", pl.ds(h * n.width, n.width)) for h in range(n.split)]
+            found += [(None, "k", pl.ds(n.V, n.C - n.V))] if n.C > n.V else []
+        return [part for part in found if part[1] in names]
+
+    def pairs(self, slot: Any) -> list[tuple[Any, Any]]:
+        """Queries and keys, whose products are to be added."""
+        here, mine = self.here, self.ring
+        found = [(here["q"].at[mine], self.wide(here["k"].at[mine, slot]).T)] if "k" in here else []
+        if self.n.both:
+            parts = map(self.part, range(self.n.split))
+            found += [(here["q_v"].at[mine, *h], here["v"].at[mine, slot, *h].T) for h in parts]
+        return found
+
+    def piece(self, source: Any, b: Any, key_head: Any, tile: Any, part: int, columns: Any) -> Any:
         """Part of a tile, in global memory."""
         n, at = self.n, self.at
         if "pages" not in at:
-            return source.at[b, pl.ds(tile * SLOTS, SLOTS), key_head]
+            return source.at[b, pl.ds(tile * SLOTS, SLOTS), key_head, columns]
         page = at["pages"][b, lax.div(tile, n.per_page) * (SLOTS // n.piece) + part]
-        return source.at[page, pl.ds(lax.rem(tile, n.per_page) * SLOTS, n.piece), key_head]
+        return source.at[page, pl.ds(lax.rem(tile, n.per_page) * SLOTS, n.piece), key_head, columns]
 
     def cooked(self, b: Any, head: Any, slots: Any, scores: Any) -> Any:
         if not self.spec.cooked:
@@ -413,17 +505,16 @@ class _Worker:
         return cook(self.spec, scores, slope, away)[0]
 
     def factor(self, name: str, b: Any, slots: Any, key_head: Any) -> Any:
-        """Of the keys or values of a tile. Those of slots that no query sees may be NaN, and become 0."""
+        """Of the keys or values of a tile."""
         if name not in self.at:
             return None
-        found = load(self.at[name].at[b, key_head if self.at[name].shape[1] > 1 else 0, slots], BY_COLUMN)
-        return jnp.where(jnp.abs(found) < jnp.inf, found, 0.0) if name == "v_scale" else found
+        return load(self.at[name].at[b, key_head if self.at[name].shape[1] > 1 else 0, slots], BY_COLUMN)
 
     def wide(self, x: Any) -> Any:
         """A tile in shared memory, in the type of queries."""
         if "wide" not in self.here:
             return x
-        wide = self.here["wide"].at[self.me, :, pl.ds(0, x.shape[1])]
+        wide = self.here["wide"].at[self.ring, :, pl.ds(0, x.shape[1])]
         width = min(128, x.shape[1])
         for first in range(0, x.shape[1], width):
             some = pl.ds(first, width)
@@ -434,16 +525,22 @@ class _Worker:
         plgpu.commit_smem()
         return wide
 
-    def masked(self, b: Any, slots: Any, bits: Any, scores: Any) -> Any:
-        """Scores of what queries see."""
+    def masked(self, b: Any, slots: Any, bits: Any, given: Any) -> Any:
+        """Scores of what queries see, and factors of values that any of them sees, if there are factors."""
         code = load(self.at["code"].at[b, slots], BY_COLUMN)
+        scores, v_scale = given if isinstance(given, tuple) else (given, None)
         seen = (along(1, code, scores.shape) & along(0, bits, scores.shape)) != 0
-        return jnp.where(seen, scores, -jnp.inf)
+        scores = jnp.where(seen, scores, -jnp.inf)
+        return scores if v_scale is None else (scores, jnp.where(code != 0, v_scale, 0.0))
 
     def clean(self, b: Any, slots: Any, v: Any) -> None:
         """Makes values 0 that no query sees, for 0 times NaN is NaN."""
+        if self.n.split > 1:  # the others may still read these as keys
+            read = self.here["read"].at[self.ring]
+            plgpu.barrier_arrive(read)
+            plgpu.barrier_wait(read)
         held = along(0, load(self.at["code_again"].at[b, slots], BY_ROW), (SLOTS, 64)) != 0
-        for first in range(0, self.n.V, 64):  # all at once need too many registers
+        for first in range(0, self.n.width, 64):  # all at once need too many registers
             some = v.at[:, pl.ds(first, 64)]
             some[...] = jnp.where(held, plgpu.load(some, layout=TILE, optimized=False), 0.0).astype(v.dtype)
         plgpu.commit_smem()

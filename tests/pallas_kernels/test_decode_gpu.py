@@ -5,6 +5,8 @@ JAX_PLATFORMS=cuda python -m pytest tests/pallas_kernels/test_decode_gpu.py -m g
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,9 @@ CASES = {  # mask, arguments, configuration
     "int8, dims 256": (causal(), {"stored": jnp.int8, "C": 256, "V": 256}, {}),
     "int8, pages": (causal(), {"stored": jnp.int8, "page": 32, "held": (2900, 777), "T": 2}, {}),
     "float8": (causal(), {"stored": FLOAT8}, {}),
+    "latents": (causal(), {"H": 16, "K": 1, "C": 576, "V": 512, "latent": True, "held": (2900, 777)}, {}),
+    "latents, all values": (sliding(900), {"H": 128, "K": 1, "C": 576, "V": 576, "latent": True}, {}),
+    "narrow latents in pages": (causal(), {"K": 1, "C": 192, "V": 128, "latent": True, "page": 64, "T": 2}, {}),
     "float8, a factor a page": (sliding(900), {"stored": FLOAT8, "page": 64, "per_page": True}, {}),
 }
 
@@ -99,6 +104,8 @@ INTERPRETED = {
     "pages of 128, eight queries": {"held": (290, 77)},
     "int8": {"held": (290, 77)},
     "float8, a factor a page": {},
+    "latents": {"held": (290, 77), "K": 1, "C": 576, "V": 512},
+    "narrow latents in pages": {"held": (290, 77), "K": 1, "C": 128, "V": 64},
 }
 
 
@@ -115,12 +122,13 @@ def test_interpreted_it_is_the_oracle(name, monkeypatch):
         plgpu.commit_smem()  # matrix instructions read by the way that copies write
         return found
 
-    monkeypatch.setattr(gpu, "product", lambda left, right: dot(left[...], right[...]))
+    monkeypatch.setattr(gpu, "product", lambda pairs: sum(dot(left[...], right[...]) for left, right in pairs))
     monkeypatch.setattr(gpu, "added", lambda sums, left, right: sums + dot(left, right[...]))
     setting, inputs, _ = case(
         name, **{"S": 304, "H": 4, "K": 1 if "64" in name else 2, "C": 64, "V": 64} | INTERPRETED[name]
     )
-    run = lambda inputs: gpu.parts(setting, inputs, gpu.Config(ctas=3), plgpu.InterpretGPUParams(detect_races=True))
+    config = replace(gpu.Config.of(setting, inputs), ctas=3)
+    run = lambda inputs: gpu.parts(setting, inputs, config, plgpu.InterpretGPUParams(detect_races=True))
     out, lse = merged(*jax.jit(run)(inputs), inputs.sinks)
     close((out, lse), wanted(setting, inputs))
 
@@ -145,7 +153,8 @@ def close(found, expected):
     [
         ({"C": 96, "V": 96}, "dims 96 and 96"),
         ({"dtype": jnp.float32}, "queries of float32"),
-        ({"latent": True, "K": 1}, "values, too"),
+        ({"latent": True, "K": 1, "V": 96}, "96 of 128 columns values"),
+        ({"latent": True, "K": 1, "stored": jnp.int8}, "latents of int8"),
         ({"page": 24}, "pages of 24 tokens"),
         ({"stored": jnp.int8, "dtype": FLOAT16}, "keys of int8"),
         ({"T": 9}, "9 queries a row"),
