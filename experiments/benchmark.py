@@ -5,6 +5,7 @@
     python -m experiments.benchmark --what=ring --repeats=5 --out=benchmarks
     python -m experiments.benchmark --what=kernels --peers --lengths=32768,131072 --repeats=7 --out=benchmarks
     python -m experiments.benchmark --what=delta --repeats=5 --out=benchmarks
+    python -m experiments.benchmark --what=decode --repeats=5 --out=benchmarks
     python -m experiments.benchmark --what=mixers --mixers=gqa,kda --lengths=1024 --repeats=1 --out=/tmp/quick
 
     python -m experiments.benchmark --explain --config=configs/kimi_linear_48b.py --lengths=131072
@@ -26,7 +27,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import attention, delta, explain, kernels, mixers, ring
+from experiments.benchmarks import attention, decode, delta, explain, kernels, mixers, ring
 from jaxlong.config import load
 from jaxlong.core.types import BadInput
 from jaxlong.train.checkpoint import check_workdir
@@ -36,6 +37,7 @@ LONG = [32768, 131072]
 
 BENCHMARKS: Mapping[str, Callable[[Path, list[int]], str]] = {
     "attention": lambda out, lengths: attention.run(out, lengths or [4096, 32768], FLAGS.heads, FLAGS.repeats),
+    "decode": lambda out, _: decode.run(out, FLAGS.repeats, FLAGS.cases),
     "delta": lambda out, lengths: delta.run(out, lengths or LONG, FLAGS.repeats),
     "kernels": lambda out, lengths: kernels.run(out, lengths or LONG, FLAGS.repeats, FLAGS.peers, FLAGS.cases),
     "mixers": lambda out, lengths: mixers.run(out, lengths or [4096, 8192, 16384], FLAGS.mixers, FLAGS.repeats),
@@ -50,7 +52,7 @@ flags.DEFINE_string("config", None, "of --explain; --config.path.to.field=value"
 flags.DEFINE_list("lengths", [], "sequence lengths in tokens; each benchmark has its own", flag_values=FLAGS)
 flags.DEFINE_integer("heads", 1, "attention: query heads of the timed runs, head dim 64", flag_values=FLAGS)
 flags.DEFINE_list("mixers", [], "mixers: names in the registry; default: all", flag_values=FLAGS)
-flags.DEFINE_list("cases", [], "kernels: names of cases; default: all", flag_values=FLAGS)
+flags.DEFINE_list("cases", [], "decode, kernels: names of cases; default: all", flag_values=FLAGS)
 flags.DEFINE_bool("peers", False, "kernels: beside cuDNN and whatever peer is installed", flag_values=FLAGS)
 flags.DEFINE_integer("repeats", 3, "timed runs of each", flag_values=FLAGS)
 flags.DEFINE_string("out", "benchmarks", "folder of the results", flag_values=FLAGS)

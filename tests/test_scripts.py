@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from absl import flags
 
 from experiments import benchmark, cli, evaluate, extend, generate, pretrain
-from experiments.benchmarks import delta, mixers
+from experiments.benchmarks import decode, delta, mixers
 from experiments.benchmarks.recurrences import rivals
 from jaxlong.mixers import MIXERS
 from jaxlong.train.loop import Diverged
@@ -95,6 +96,18 @@ def test_benchmark_of_the_delta_rule(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "delta.md").read_text().count("ZeroDivisionError: division by zero") == 2
 
 
+def test_benchmark_of_decoding(tmp_path, monkeypatch):
+    """Whatever does not run here is named with its reason."""
+    small = decode.Case(batch=2, length=32, heads=4, key_heads=2, dim=8)
+    monkeypatch.setattr(decode, "CASES", {"rows": small, "pages": replace(small, page=8, stored="int8")})
+    monkeypatch.setattr(decode, "LAUNCHES", 2)
+    call(benchmark, "--what=decode", "--repeats=1", f"--out={tmp_path}")
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert [row["case"] for row in rows if row["who"] == "copy" and row["gbs"] > 0] == ["rows", "pages"]
+    assert [row["error"] < 1e-2 for row in rows if row["who"] == "plain JAX" and "ms" in row] == [True]
+    assert (tmp_path / "decode.md").read_text().count("neither pages nor 8 bits") == 2
+
+
 def test_explain_names_what_runs_and_why_others_do_not(capsys):
     config = ("--config.model.dtype=bfloat16", "--config.model.width=64", "--config.model.pattern.0.head_dim=64")
     call(benchmark, "--explain", SMALL[0], *config, "--lengths=512")
@@ -109,6 +122,7 @@ def test_explain_names_what_runs_and_why_others_do_not(capsys):
     on_gpu = blocks["a row of 512 tokens, gpu NVIDIA H200"][1:]
     assert on_gpu == (["GQA attend: blockwise", reason] if older else ["GQA attend: flash"])
     assert "GQA attend: dense" in blocks["a token after 512, cpu"]
+    assert ("GQA attend: dense" if older else "GQA attend: decode") in blocks["a token after 512, gpu NVIDIA H200"]
     assert len(blocks) == 6
 
 

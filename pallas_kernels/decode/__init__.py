@@ -1,9 +1,9 @@
-"""Attention of a few new tokens a row to a cache, on TPUs: ring buffers and pages, 8-bit keys, latents.
+"""Attention of a few new tokens a row to a cache, on TPUs and Hopper GPUs: ring buffers and pages, 8 bits, latents.
 
 `attention` and `paged_attention` compute what `ref.attention` computes, and run where `refusal` returns None. The
 visited blocks of a row are cut into parts whose results are merged by their lse (Flash-Decoding: Dao et al. 2023); the
-queries that share a key head, and all others, are the rows of one product. Keys that are values too, latents of which
-the first `value_dim` columns are summed (DeepSeek-V2, arXiv 2405.04434, absorbed), are read once.
+queries that share a key head (on a TPU all others, too) are the rows of one product. Keys that are values too, latents
+of which the first `value_dim` columns are summed (DeepSeek-V2, arXiv 2405.04434, absorbed), are read once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import machine
+from pallas_kernels import hopper, machine
 from pallas_kernels.decode import ref
 from pallas_kernels.decode.blocks import HEAD, LANES, QUERIES, Inputs, Setting, blocks_of, cut, merged
 from pallas_kernels.decode.config import Config, grain
@@ -27,19 +27,25 @@ ROWS = 1024
 """Queries of all heads of a row at most."""
 
 
-def refusal(setting: Setting, inputs: Inputs, config: Config | None = None) -> str | None:
+def refusal(setting: Setting, inputs: Inputs, config: Any = None) -> str | None:
     """Why the kernel does not take these arguments on this machine; None if it does."""
-    found = machine.platform()
-    return _misfit(setting, inputs, config) if found == "tpu" else f"the default device is no TPU but {found}"
+    if (found := machine.platform()) == "tpu":
+        return _misfit(setting, inputs, config)
+    if found not in hopper.PLATFORMS:
+        return f"the default device is neither a TPU nor a Hopper GPU but {found}"
+    if reason := hopper.refusal() or _shapes(setting, inputs):
+        return reason
+    from pallas_kernels.decode import gpu
+
+    return gpu.misfit(setting, inputs, config)
 
 
-def attention(
-    setting: Setting, inputs: Inputs, config: Config | None = None, interpret: Any = None
-) -> tuple[Array, Array]:
+def attention(setting: Setting, inputs: Inputs, config: Any = None, interpret: Any = None) -> tuple[Array, Array]:
     """(out [B T H V], lse [B T H] float32); a query that sees nothing gets 0 and -inf, or its sink. No gradient.
 
     Args:
-        interpret: as `pl.pallas_call` takes it, to run anywhere; None runs on a TPU.
+        config: `Config` on a TPU, `gpu.Config` on a GPU; by default what these think best.
+        interpret: the TPU's kernel anywhere, as `pl.pallas_call` takes it; None runs on a TPU or a GPU.
 
     Raises:
         NotImplementedError: with what `refusal` says.
@@ -47,6 +53,10 @@ def attention(
     why_not = refusal if interpret is None else _misfit
     if reason := why_not(setting, inputs, config):
         raise NotImplementedError(reason)
+    if interpret is None and machine.platform() in hopper.PLATFORMS:
+        from pallas_kernels.decode import gpu
+
+        return gpu.attention(setting, inputs, config)
     from pallas_kernels.decode import tpu
 
     run = lambda *arguments: tpu.parts(*arguments, interpret or False)
@@ -80,7 +90,7 @@ def paged_attention(
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     value_dim: int | None = None,
-    config: Config | None = None,
+    config: Any = None,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
     """(out [B T H V] of q's type, lse [B T H]): the last T tokens of each row attend to all of its tokens, in pages.
@@ -112,28 +122,35 @@ def paged_attention(
 
 
 def _misfit(setting: Setting, inputs: Inputs, config: Config | None) -> str | None:
-    """Why the kernel takes these arguments on no machine."""
-    if reason := _shapes(setting, inputs) or _types(inputs):
+    """Why the TPU's kernel takes these arguments on no machine."""
+    if reason := _shapes(setting, inputs) or _lines(inputs) or _types(inputs):
         return reason
     return _config(inputs, Config.of(setting, inputs) if config is None else config)
 
 
 def _shapes(setting: Setting, inputs: Inputs) -> str | None:
-    (B, T, H, C), (_, L, K, of_keys) = inputs.q.shape, inputs.k.shape
+    (B, T, H, C), (_, _, K, of_keys) = inputs.q.shape, inputs.k.shape
     if not 1 <= T <= QUERIES or not B:
         return f"{T} queries a row, not 1 to {QUERIES}"
-    if T * H > ROWS:
-        return f"{T} queries of {H} heads, together more than {ROWS}"
-    if of_keys != C or H % K or K > HEAD:
+    if of_keys != C or H % K:
         return f"queries of {H} heads of {C} to keys of {K} heads of {of_keys}"
     if inputs.v is None and not 0 < (setting.value_dim or 0) <= C:
         return f"no values, and {setting.value_dim} of {C} columns of keys for them"
-    if inputs.pages is None and L < LANES:
-        return f"{L} slots, fewer than {LANES}"
     if inputs.k_positions.shape[1] != inputs.slots:
         return f"positions of {inputs.k_positions.shape[1]} keys for {inputs.slots} slots"
     if _differs(setting.mask, H):
         return "a mask that differs between heads"
+    return None
+
+
+def _lines(inputs: Inputs) -> str | None:
+    (_, T, H, _), (_, L, K, _) = inputs.q.shape, inputs.k.shape
+    if T * H > ROWS:
+        return f"{T} queries of {H} heads, together more than {ROWS}"
+    if K > HEAD:
+        return f"keys of {K} heads, more than {HEAD}"
+    if inputs.pages is None and L < LANES:
+        return f"{L} slots, fewer than {LANES}"
     return None
 
 

@@ -190,7 +190,9 @@ def test_elsewhere_attend_says_once_why_it_goes_another_way(caplog):
         for _ in range(2):
             found = through_ops(inputs, setting, "auto")
     if machine.platform() != "tpu":
-        assert caplog.messages == [f"decode: the default device is no TPU but {machine.platform()}"]
+        assert caplog.messages == [
+            f"decode: the default device is neither a TPU nor a Hopper GPU but {machine.platform()}"
+        ]
     close([found], [ref.attention(setting, inputs)[0]], 1e-5)
 
 
