@@ -10,8 +10,6 @@ a part, to be merged by its lse.
 
 Values of more columns than a worker's registers hold are split between workers that share a ring and compute the same
 scores. Keys and values in 8 bits become 16 bits in shared memory before they are multiplied.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations
