@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks import in_torch
 from experiments.benchmarks.timing import amortised, write
 from jaxlong.core.types import BadInput
 from pallas_kernels import hopper
@@ -85,34 +86,16 @@ def _jax(rule: Callable) -> tuple[Callable, Callable]:
 
 
 def _fla() -> tuple[Callable, Callable]:
-    """Arrays are handed over without copies; its gradients hold their forward pass, so that is part of their time."""
-    import torch
+    """Its gradients hold their forward pass, so that is part of their time."""
     from fla.ops.kda import chunk_kda
 
-    class Ready:
-        """Results that `jax.block_until_ready` waits for."""
-
-        def __init__(self, *arrays):
-            self.arrays = arrays
-
-        def block_until_ready(self):
-            torch.cuda.synchronize()
-            return self
-
-    def forward(*xs):
-        with torch.no_grad():
-            return Ready(chunk_kda(*map(torch.from_dlpack, xs), scale=1.0)[0])
-
-    def gradients(*xs):
-        *leaves, do = (torch.from_dlpack(x).clone().requires_grad_(i < 5) for i, x in enumerate(xs))
-        return Ready(*torch.autograd.grad(chunk_kda(*leaves, scale=1.0)[0], leaves, do))
-
-    return forward, gradients
+    rule = lambda *xs: chunk_kda(*xs, scale=1.0)[0]
+    forward, both = (in_torch.program(rule, direction, leaves=5) for direction in ("forward", "both"))
+    return forward, lambda *xs: in_torch.Ready(*both(*xs).tensors[1:])
 
 
 def error(found: Any, direction: str, inputs: tuple) -> float:
     """The largest error of a result, as a fraction of its norm, against the rule itself in float32."""
-    import jax
     import jax.numpy as jnp
     import numpy as np
 
@@ -121,8 +104,7 @@ def error(found: Any, direction: str, inputs: tuple) -> float:
     wide = [x.astype(jnp.float32) for x in inputs]
     rule, gradients = _jax(lambda *xs: reference(*xs)[0])
     wanted = [rule(*wide[:5])] if direction == "forward" else gradients(*wide)
-    arrays = getattr(found, "arrays", found if isinstance(found, tuple) else (found,))
-    here = [np.asarray(jnp.from_dlpack(x) if not isinstance(x, jax.Array) else x, np.float64) for x in arrays]
+    here = [np.asarray(x, np.float64) for x in in_torch.arrays(found)]
     off = lambda x, y: float(np.linalg.norm(x - np.float64(y)) / np.linalg.norm(np.float64(y)))
     return max(off(x, y) for x, y in zip(here, wanted, strict=True))
 

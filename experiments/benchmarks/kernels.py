@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks import in_torch
 from experiments.benchmarks.timing import amortised, write
 from jaxlong.core.types import BadInput
 
@@ -20,6 +21,10 @@ CHECKED = 2048
 
 BLOCK = 128
 """Side of the tiles that visited work is counted in."""
+
+
+Rival = Callable[["Case", str], Callable]
+"""From a case and a direction, "forward" or "both", to a function of q, k, v and the gradient of out."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ def cases(lengths: Sequence[int]) -> dict[str, Case]:
     return found | {
         "packed": Case(causal(), first, documents=DOCUMENTS),
         "bigbird": Case(bigbird(3, 1, 3, 128, 0) & causal(), first),
+        "random blocks": Case(bigbird(1, 0, 26, 128, 0) & causal(), first),
         "longformer": Case(longformer(4096, 128) & causal(), first),
         "dilated": Case(dilated(8192, 4), first),
         "strided": Case(strided(128), first),
@@ -76,20 +82,18 @@ def measure(name: str, case: Case, repeats: int, peers: bool) -> list[dict]:
     import jax
 
     short = replace(case, length=min(case.length, CHECKED))
-    wanted = {"ours": ours} | (PEERS if peers else {})
+    wanted = {"ours": in_jax(ours)} | (PEERS if peers else {})
     programs, rows = {}, []
     arguments, checked = inputs(case), inputs(short)
-    truth = partial(both, exact(short))(*checked)
+    truth = both(exact(short), *checked)
     work = visited(case)
     for who, build in wanted.items():
         for direction in ("forward", "both"):
             row = {"case": name, "length": case.length, "who": who, "direction": direction, "visited": work}
             rows.append(row)
             try:
-                fn = {"forward": lambda fn: fn, "both": lambda fn: partial(both, fn)}[direction](build(case))
-                row["error"] = error(jax.jit(both_of(build(short), direction))(*checked), truth, direction)
-                given = arguments if direction == "both" else arguments[:3]
-                programs[who, direction] = partial(jax.jit(fn).lower(*given).compile(), *given)
+                row["error"] = error(in_torch.arrays(build(short, direction)(*checked)), truth)
+                programs[who, direction] = partial(build(case, direction), *arguments)
                 jax.block_until_ready(programs[who, direction]())
             except Exception as failure:  # a peer may fail in any way, and the table says how
                 programs.pop((who, direction), None)
@@ -102,8 +106,15 @@ def measure(name: str, case: Case, repeats: int, peers: bool) -> list[dict]:
     return rows
 
 
-def both_of(fn: Callable, direction: str) -> Callable:
-    return partial(both, fn) if direction == "both" else lambda q, k, v, dout: (fn(q, k, v),)
+def in_jax(build: Callable[[Case], Callable]) -> Rival:
+    """A rival of a function of q, k and v."""
+    import jax
+
+    def program(case: Case, direction: str) -> Callable:
+        fn = build(case)
+        return jax.jit(partial(both, fn) if direction == "both" else lambda q, k, v, dout: (fn(q, k, v),))
+
+    return program
 
 
 def both(fn: Callable, q: Any, k: Any, v: Any, dout: Any) -> tuple:
@@ -204,9 +215,50 @@ def tokamax(case: Case) -> Callable:
     raise NotImplementedError("no such mask")
 
 
-PEERS: Mapping[str, Callable[[Case], Callable]] = {"cudnn": cudnn} | (
-    {"tokamax": tokamax} if importlib.util.find_spec("tokamax") else {}
-)
+def torch_sdpa(case: Case, direction: str) -> Callable:
+    from jaxlong.core.mask import causal
+
+    if case.mask != causal() or case.documents > 1:
+        raise NotImplementedError("no such mask")
+    return in_torch.program(in_torch.sdpa(case.heads != case.key_heads), direction)
+
+
+def flex_attention(case: Case, direction: str) -> Callable:
+    fn = in_torch.flex(torch_mask(case), case.length, case.heads != case.key_heads)
+    return in_torch.program(fn, direction)
+
+
+def torch_mask(case: Case) -> Callable:
+    """Whether a query sees a key, of tensors of indices. Drawn blocks are in a table: tensors cannot draw them."""
+    import numpy as np
+    import torch
+
+    from jaxlong.core.mask import causal
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if case.documents > 1:
+        at, of = (torch.from_numpy(x[0]).to(device) for x in tokens(case))
+        return lambda q, k: case.mask(at[q], at[k]) & (of[q] == of[k])
+    if not drawn(case.mask):
+        return case.mask
+    first = np.arange(0, case.length, BLOCK)
+    seen = torch.from_numpy(case.mask(first[:, None], first[None])).to(device)
+    return lambda q, k: seen[q // BLOCK, k // BLOCK] & causal()(q, k)
+
+
+def drawn(mask: Any) -> bool:
+    """Whether blocks of it are drawn: a BigBird of `BLOCK` that is causal."""
+    from jaxlong.core.mask import bigbird, causal
+
+    part = getattr(mask, "a", None)
+    return isinstance(part, type(bigbird(1, 0, 0, 1, 0))) and part.block == BLOCK and mask == part & causal()
+
+
+PEERS: Mapping[str, Rival] = {"cudnn": in_jax(cudnn)}
+if importlib.util.find_spec("tokamax"):
+    PEERS |= {"tokamax": in_jax(tokamax)}
+if importlib.util.find_spec("torch"):
+    PEERS |= {"SDPA": torch_sdpa, "FlexAttention": flex_attention}
 
 
 def visited(case: Case) -> float:
@@ -228,12 +280,12 @@ def flops(case: Case, share: float) -> float:
     return 2 * case.heads * case.length**2 * sum(case.dims) * share
 
 
-def error(found: tuple, truth: tuple, direction: str) -> float:
-    """The largest of the relative errors, in norm, of the results."""
+def error(found: tuple, truth: tuple) -> float:
+    """The largest of the relative errors, in norm, of the results: out, and the gradients if they are there."""
     import jax.numpy as jnp
 
     norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32).ravel())
-    pairs = zip(found, truth if direction == "both" else truth[:1], strict=True)
+    pairs = zip(found, truth[: len(found)], strict=True)
     return max(float(norm(a.astype(jnp.float32) - b.astype(jnp.float32)) / norm(b)) for a, b in pairs)
 
 
