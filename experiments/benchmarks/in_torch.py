@@ -30,7 +30,7 @@ def arrays(found: Any) -> tuple:
 
 
 def program(fn: Callable, direction: str, leaves: int = 3) -> Callable:
-    """fn of so many tensors as a function of arrays, the last of which is the gradient of out. "both": with gradients."""
+    """fn of so many tensors, for arrays of which the last is the gradient of out; "both" has gradients, too."""
     import torch
 
     def forward(*xs: Any) -> Ready:
